@@ -1,0 +1,92 @@
+"""One test case: a frozen, hashable set of axis values. No tensors, no torch, nothing that depends on a machine.
+
+Invariant: a Case together with its seeds is enough to build the same problem bit for bit anywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The batch: one (query_len, context_len) per sequence.
+
+    A context_len may be negative, down to -query_len: then the first -context_len query rows lie before the first
+    key and see no key at all (their output is 0 and their LSE -inf). `seq_len = context_len + query_len` is what the
+    kernel is told; (1, -1) is the empty decode row that CUDA-graph padding produces.
+    """
+
+    name: str
+    query_lens: tuple[int, ...]
+    context_lens: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.query_lens) != len(self.context_lens) or not self.query_lens:
+            raise ValueError(f"rows '{self.name}': query_lens and context_lens must be equally long and not empty")
+
+    @property
+    def seq_lens(self) -> tuple[int, ...]:
+        return tuple(q + c for q, c in zip(self.query_lens, self.context_lens, strict=True))
+
+    @property
+    def num_seqs(self) -> int:
+        return len(self.query_lens)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.query_lens)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which physical pages a sequence gets. kind: shuffled, sequential, reversed, shared_prefix or explicit."""
+
+    kind: str = "shuffled"
+    name: str = "shuffled"
+    pages: tuple[tuple[int, ...], ...] = ()  # explicit only: page ids per sequence
+
+
+@dataclass(frozen=True)
+class Case:
+    """Axis values of one case; the axes themselves (types, defaults, id fragments) are in harness.matrix.axes."""
+
+    matrix: str
+    kernel: str
+    rows: Rows
+    dtype: str = "fp16"  # fp32 | fp16 | bf16: q, new k and v, out
+    kv_dtype: str = "auto"  # auto (= dtype) | fp8_e4m3 | fp8_e5m2
+    num_q_heads: int = 8
+    gqa_ratio: int = 1
+    head_size: int = 128
+    head_size_v: int | None = None  # None: the same as head_size
+    page_size: int = 16
+    layout: str = "linear_nhd"  # linear_nhd | vllm_classic
+    strides: str = "compact"  # compact | cache (strided cache views) | all (q, k, v, out too)
+    page_table: str = "block_table"
+    table_padding: str = "poison_page"  # poison_page | out_of_range | exact
+    tail: str = "nan"  # nan | loud: what lies behind the last token of a live page
+    sliding_window: int | None = None  # keys a query sees, itself included
+    causal: bool = True
+    logits_soft_cap: float | None = None
+    alibi: bool = False
+    sinks: bool = False
+    num_splits: int | None = None  # None: the kernel's own path without split-KV
+    placement: Placement = Placement()
+    data: str = "normal"
+    geometry_seed: int = 0
+    data_seed: int = 0
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.num_q_heads // self.gqa_ratio
+
+    @property
+    def value_size(self) -> int:
+        """head_size of V."""
+        return self.head_size if self.head_size_v is None else self.head_size_v
+
+    @property
+    def stored_dtype(self) -> str:
+        """Name of the dtype the cache stores."""
+        return self.dtype if self.kv_dtype == "auto" else self.kv_dtype

@@ -1,0 +1,97 @@
+"""Contract: what a kernel accepts and expects, declared beside the kernel, free of torch so that collecting is quick.
+
+Invariant: whatever is handed to a kernel satisfies its contract (checked by harness.kernel.check before every launch);
+whatever a contract does not admit is UNSUPPORTED, with the clause that says so, and is never run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from harness.cache.content import Content
+from harness.case import Case
+from harness.kernel.numerics import NumericsProfile
+
+FEATURES: dict[str, str] = {
+    "sliding_window": "a sliding window",
+    "noncausal": "attention without a causal mask",
+    "logits_soft_cap": "a soft cap on the logits",
+    "alibi": "ALiBi slopes",
+    "sinks": "attention sinks (one virtual logit per head)",
+    "split_kv": "the split-KV path (num_splits)",
+    "head_size_v": "a V head size that differs from K's",
+    "prefill": "rows with query_len > 1",
+    "strided_cache": "non-contiguous views of the cache",
+    "strided_inputs": "non-contiguous q, k, v and out",
+    "queries_before_keys": "rows that see no key (negative context_len)",
+}
+
+
+@dataclass(frozen=True)
+class Contract:
+    """Declaration of one kernel. `entry` is "file:function" inside the kernel's folder; it is imported at launch only."""
+
+    name: str
+    about: str
+    entry: str
+    content: Content
+    features: frozenset[str]
+    dtypes: frozenset[str] = frozenset({"fp32", "fp16", "bf16"})
+    kv_dtypes: frozenset[str] = frozenset({"auto", "fp8_e4m3", "fp8_e5m2"})
+    layouts: frozenset[str] = frozenset({"linear_nhd", "vllm_classic"})
+    page_tables: frozenset[str] = frozenset({"block_table"})
+    page_sizes: frozenset[int] | None = None  # None: any
+    head_sizes: frozenset[int] | None = None  # None: any
+    max_gqa_ratio: int | None = None  # None: any
+    index_dtype: str = "int32"
+    tail: str = "nan"  # nan: loads behind the last token are masked | loud: masked after the product, so finite only
+    returns_lse: bool = True
+    launches: tuple[str, ...] = ()  # names of the device kernels it may launch; () where they cannot be observed
+    needs: tuple[str, ...] = ()  # importable modules beyond torch, e.g. ("triton",)
+    install_hint: str = ""  # one line: what to install when `needs` is not met
+    numerics: NumericsProfile = field(default_factory=NumericsProfile)
+    folder: Path | None = None  # set by the registry
+
+    def __post_init__(self) -> None:
+        unknown = self.features - FEATURES.keys()
+        if unknown:
+            raise ValueError(f"contract of {self.name}: unknown features {sorted(unknown)}; known: {sorted(FEATURES)}")
+
+    def unsupported(self, case: Case) -> str | None:
+        """The clause of this contract that `case` is outside of, or None where the case is admitted."""
+        for axis, value, admitted in (
+            ("dtype", case.dtype, self.dtypes),
+            ("kv_dtype", case.kv_dtype, self.kv_dtypes),
+            ("layout", case.layout, self.layouts),
+            ("page_table", case.page_table, self.page_tables),
+            ("page_size", case.page_size, self.page_sizes),
+            ("head_size", case.head_size, self.head_sizes),
+        ):
+            if admitted is not None and value not in admitted:
+                return f"{axis} {value} (admitted: {', '.join(str(a) for a in sorted(admitted, key=str))})"
+        if self.max_gqa_ratio is not None and case.gqa_ratio > self.max_gqa_ratio:
+            return f"gqa_ratio {case.gqa_ratio} (at most {self.max_gqa_ratio})"
+        if case.tail == "nan" and self.tail != "nan":
+            return "tail nan (tails are masked after the product: finite values only)"
+        for feature in sorted(required_features(case) - self.features):
+            return f"{feature} ({FEATURES[feature]})"
+        return None
+
+
+def required_features(case: Case) -> frozenset[str]:
+    """The features of FEATURES that a kernel needs to run `case`."""
+    wanted = {
+        "sliding_window": case.sliding_window is not None,
+        "noncausal": not case.causal,
+        "logits_soft_cap": case.logits_soft_cap is not None,
+        "alibi": case.alibi,
+        "sinks": case.sinks,
+        "split_kv": case.num_splits is not None,
+        "head_size_v": case.value_size != case.head_size,
+        "prefill": any(q > 1 for q in case.rows.query_lens),
+        "strided_cache": case.strides != "compact",
+        "strided_inputs": case.strides == "all",
+        "queries_before_keys": any(c < 0 for c in case.rows.context_lens),
+    }
+    return frozenset(name for name, needed in wanted.items() if needed)
