@@ -1,0 +1,54 @@
+"""Findings: what the oracle saw, element by element, before anybody calls it a fault.
+
+Invariant: findings hold numbers and masks only; words, causes and outcomes are made from them later.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Worst:
+    """The element with the largest error in units of its tolerance."""
+
+    token: int
+    head: int
+    dim: int  # -1 for an LSE, which has no dims
+    got: float
+    want: float
+    tolerance: float
+    ratio: float
+
+
+@dataclass(frozen=True)
+class TensorFindings:
+    """One output tensor against the reference."""
+
+    name: str  # out | lse
+    err_over_tol: float  # worst error in units of tolerance; inf where non-finite and the reference is finite
+    mismatched: torch.Tensor  # bool on the CPU; out: [num_tokens, num_q_heads, head_size_v], lse: [num_tokens, num_q_heads]
+    num_mismatched: int
+    num_elements: int
+    num_nan: int
+    num_inf: int  # infinite where the reference is finite
+    num_unwritten: int  # elements that still hold the poison they were handed out with
+    worst: Worst | None  # None where nothing was compared
+
+
+@dataclass(frozen=True)
+class Findings:
+    tensors: tuple[TensorFindings, ...]
+    violations: tuple[str, ...] = ()  # exact invariants broken: inputs changed, red zone written, no kernel ran, ...
+
+    @property
+    def clean(self) -> bool:
+        return not self.violations and not any(t.num_mismatched for t in self.tensors)
+
+    @property
+    def err_over_tol(self) -> float:
+        return max((t.err_over_tol for t in self.tensors), default=0.0)

@@ -1,0 +1,40 @@
+"""Outcomes of a case. Only UNSUPPORTED and XFAIL are not failures besides PASS; nothing is ever turned into a skip."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+
+class Outcome(str, Enum):
+    PASS = "PASS"
+    FAIL = "FAIL"  # the kernel is wrong
+    TEST_BUG = "TEST_BUG"  # what was handed over violates the contract
+    BLIND = "BLIND"  # the case could not have seen faults
+    UNSUPPORTED = "UNSUPPORTED"  # declared by the contract
+    XFAIL = "XFAIL"  # fails as an expectation with reason, link and expiry says
+    XPASS = "XPASS"  # an expectation that no longer holds, or has expired
+    NONDETERMINISTIC = "NONDETERMINISTIC"
+    CRASH = "CRASH"  # a signal or a dead device context
+    TIMEOUT = "TIMEOUT"
+    OUT_OF_MEMORY = "OUT_OF_MEMORY"
+    ERROR = "ERROR"  # the harness itself
+
+    @property
+    def is_failure(self) -> bool:
+        return self not in (Outcome.PASS, Outcome.UNSUPPORTED, Outcome.XFAIL)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one case. `explanation` is plain data for renderers (harness.triage builds it); JSON-serialisable."""
+
+    outcome: Outcome
+    reason: str  # one line, enough to act on
+    ran: tuple[str, ...] = ()
+    err_over_tol: float | None = None
+    lse_err_over_tol: float | None = None
+    seconds: dict[str, float] | None = None  # by phase: problem, cache, reference, launch, judge
+    seeds: dict[str, int] | None = None
+    explanation: dict[str, Any] | None = None
