@@ -1,0 +1,53 @@
+"""Contracts of the chunked-prefill family: what each kernel finds in the cache, and how it rounds."""
+
+from __future__ import annotations
+
+from harness.cache.content import Content
+from harness.kernel.contract import Contract
+from harness.kernel.numerics import NumericsProfile
+
+_PREFILL = NumericsProfile(kv_dequant="round_to_q", p_dtype="q", sum_after_cast=False, out_dtype="q", mma="wgmma")
+_DECODE = NumericsProfile(kv_dequant="round_to_q", p_dtype="q", sum_after_cast=False, out_dtype="q", mma="mma_sync")
+
+_COMMON = frozenset({
+    "sliding_window", "noncausal", "logits_soft_cap", "alibi", "sinks", "head_size_v",
+    "strided_cache", "strided_inputs", "queries_before_keys",
+})  # fmt: skip
+_PREFILL_TOO = _COMMON | {"prefill"}
+_INSTALL = "Install triton 3.6 or newer; on a CPU it runs under the interpreter (TRITON_INTERPRET=1)."
+
+KERNELS: tuple[Contract, ...] = (
+    Contract(
+        name="prefix_prefill",
+        about="prefill over a paged prefix; new tokens arrive as k and v",
+        entry="prefix_prefill.py:launch",
+        content=Content.CONTEXT,
+        features=_PREFILL_TOO,
+        launches=("prefix_prefill_kernel",),
+        needs=("triton",),
+        install_hint=_INSTALL,
+        numerics=_PREFILL,
+    ),
+    Contract(
+        name="paged_decode",
+        about="one query token per row; the whole row is in the cache",
+        entry="paged_decode.py:launch",
+        content=Content.ALL,
+        features=_COMMON,
+        launches=("paged_decode_kernel",),
+        needs=("triton",),
+        install_hint=_INSTALL,
+        numerics=_DECODE,
+    ),
+    Contract(
+        name="chunked_prefill_paged_decode",
+        about="mixed batches: prefix_prefill for prefill rows, paged_decode for decode rows",
+        entry="chunked_prefill_paged_decode.py:launch",
+        content=Content.BY_PHASE,
+        features=_PREFILL_TOO,
+        launches=("prefix_prefill_kernel", "paged_decode_kernel"),
+        needs=("triton",),
+        install_hint=_INSTALL,
+        numerics=_PREFILL,
+    ),
+)
