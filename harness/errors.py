@@ -33,3 +33,12 @@ class SetupBug(AttnregError):
     def __init__(self, tensor: str, expected: str, got: str, hint: str = "") -> None:
         self.tensor, self.expected, self.got, self.hint = tensor, expected, got, hint
         super().__init__(f"{tensor}: expected {expected}, got {got}" + (f" ({hint})" if hint else ""))
+
+
+class KernelRaised(AttnregError):
+    """The kernel under test raised an exception of its own; the cause is chained."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,89 @@
+"""The `attnreg` command: thin over pytest and the loaders. It computes nothing.
+
+    attnreg run [pytest arguments]     run matrices (the same as `pytest cases ...`)
+    attnreg check [matrices]           load and expand matrices, report every mistake
+    attnreg kernels                    list kernels and their contracts
+    attnreg plants                     list set-up faults for --plant
+    attnreg schema                     print the JSON Schema of a matrix
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness.errors import AttnregError
+from harness.kernel.registry import find_kernels
+from harness.session import PROJECT
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 fine, 1 failures, 2 unusable input."""
+    parser = argparse.ArgumentParser(prog="attnreg", description="Correctness regression for attention kernels.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("run", help="run matrices; takes every option of pytest", add_help=False)
+    check = commands.add_parser("check", help="load and expand matrices, report every mistake")
+    check.add_argument("paths", nargs="*", type=Path, default=[PROJECT / "cases"])
+    commands.add_parser("kernels", help="list kernels and their contracts")
+    commands.add_parser("plants", help="list the set-up faults that --plant injects")
+    commands.add_parser("schema", help="print the JSON Schema of a matrix")
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["run"]:
+        return _run(arguments[1:])
+    options = parser.parse_args(arguments)
+    try:
+        return {"check": lambda: _check(options.paths), "kernels": _kernels, "plants": _plants, "schema": _schema}[
+            options.command
+        ]()
+    except AttnregError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+
+
+def _run(arguments: list[str]) -> int:
+    import pytest
+
+    return int(pytest.main(arguments, plugins=[]))
+
+
+def _check(paths: Sequence[Path]) -> int:
+    from harness.items import matrix_files
+    from harness.matrix.expand import TIERS
+    from harness.matrix.matrix import load
+
+    kernels, mistakes = find_kernels(), 0
+    for path in matrix_files(paths):
+        try:
+            matrix = load(path, kernels=kernels)
+            counts = {tier: len(matrix.expand(tier, supported=lambda case: kernels[case.kernel].unsupported(case)).cases) for tier in TIERS}
+        except AttnregError as error:
+            sys.stderr.write(f"{error}\n")
+            mistakes += 1
+            continue
+        sys.stdout.write(f"{matrix.name:<24} " + "  ".join(f"{tier} {count}" for tier, count in counts.items()) + "\n")
+    return 2 if mistakes else 0
+
+
+def _kernels() -> int:
+    for contract in find_kernels().values():
+        sys.stdout.write(f"{contract.name:<30} {contract.content.value:<9} {contract.about}\n")
+        sys.stdout.write(f"{'':<30} features: {', '.join(sorted(contract.features))}\n")
+    return 0
+
+
+def _plants() -> int:
+    from harness.run.plant import PLANTS
+
+    for plant in PLANTS.values():
+        sys.stdout.write(f"{plant.name:<22} {plant.expected:<9} {plant.about}\n")
+    return 0
+
+
+def _schema() -> int:
+    from harness.matrix.schema import json_schema
+
+    sys.stdout.write(json.dumps(json_schema(), indent=2) + "\n")
+    return 0

@@ -1,0 +1,90 @@
+"""Matrices as pytest files and cases as pytest items, so that ids, -k, --lf, -n, JUnit and --collect-only all work.
+
+Invariant: collecting imports neither torch nor a kernel; an item holds a frozen case and nothing else.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from harness.errors import AttnregError
+from harness.matrix.expand import case_id
+from harness.session import SESSION, Session
+
+if TYPE_CHECKING:
+    from harness.case import Case
+    from harness.matrix.expect import Expectation
+    from harness.run.outcome import Verdict
+    from harness.store.record import Record
+
+
+class CaseFailed(Exception):
+    """A case whose outcome is a failure; the item's record says all about it."""
+
+
+class MatrixFile(pytest.File):
+    """One matrix; collects the cases of the session's tier."""
+
+    def collect(self) -> Iterable[MatrixItem]:
+        session = self.config.stash[SESSION]
+        try:
+            matrix, expansion = session.expand(self.path)
+        except AttnregError as error:
+            raise self.CollectError(str(error)) from None
+        for case, line in zip(expansion.cases, expansion.lines, strict=True):
+            if session.selects(case):
+                expectation = matrix.expectation(case)
+                yield MatrixItem.from_parent(self, name=case_id(case), case=case, line=line, expectation=expectation)
+            else:
+                session.num_deselected += 1
+
+
+class MatrixItem(pytest.Item):
+    """One case on one kernel."""
+
+    def __init__(self, *, case: Case, line: int, expectation: Expectation | None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.case, self.line, self.expectation = case, line, expectation
+        self.record: Record | None = None
+
+    @property
+    def facts(self) -> Session:
+        return self.config.stash[SESSION]
+
+    def runtest(self) -> None:
+        verdict = self._verdict()
+        self.record = self.facts.make_record(self.case, self.line, self.name, self.path, verdict)
+        self.user_properties.append(("outcome", verdict.outcome.value))
+        if verdict.err_over_tol is not None:
+            self.user_properties.append(("err_over_tol", verdict.err_over_tol))
+        if verdict.outcome.is_failure:
+            raise CaseFailed(verdict.reason)
+
+    def _verdict(self) -> Verdict:
+        from harness.run.expectation import apply_expectation
+        from harness.run.outcome import Outcome, Verdict
+        from harness.run.run_case import run_case
+        from harness.triage.explain import explain_error
+
+        facts = self.facts
+        try:
+            verdict = run_case(self.case, facts.kernels[self.case.kernel], facts.options)
+        except Exception as error:  # noqa: BLE001  the harness is at fault: recorded as ERROR, with its trace
+            return Verdict(Outcome.ERROR, f"{type(error).__name__}: {error}", explanation=explain_error(error))
+        if self.expectation is None:
+            return verdict
+        return apply_expectation(verdict, self.expectation, datetime.date.today())
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> str:
+        if self.record is None or not isinstance(excinfo.value, CaseFailed):
+            return str(super().repr_failure(excinfo))
+        from harness.report.terminal import failure_text
+
+        return failure_text(self.record)
+
+    def reportinfo(self) -> tuple[Any, int, str]:
+        return self.path, self.line - 1, self.name

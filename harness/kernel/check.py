@@ -1,0 +1,139 @@
+"""Argument check: everything handed to a kernel satisfies its contract, or SetupBug names tensor, expected and got.
+
+Invariant: a kernel is launched only on arguments that pass; so a kernel is never blamed for a wrong set-up. The content
+of the cache is checked separately, slot by slot (harness.cache.verify).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from harness.case import Case
+from harness.dtypes import element_type
+from harness.errors import SetupBug
+from harness.kernel.arguments import LaunchArguments
+from harness.kernel.contract import Contract
+
+_CUMSUM = "torch.cumsum of an int32 tensor returns int64: cast after it"
+_LONG = "torch.long tables and lengths are read as pairs of int32 by kernels that do not check"
+
+
+def check_arguments(contract: Contract, case: Case, args: LaunchArguments) -> None:
+    """Raise SetupBug for the first argument that violates `contract`."""
+    _check_index_tensors(contract, case, args)
+    _check_tensors(contract, case, args)
+    _check_lengths(case, args)
+    _check_table(case, args)
+    _check_scales(case, args)
+
+
+def _check_index_tensors(contract: Contract, case: Case, args: LaunchArguments) -> None:
+    shapes = {
+        "block_table": (case.rows.num_seqs, None),
+        "seq_lens": (case.rows.num_seqs,),
+        "query_start_loc": (case.rows.num_seqs + 1,),
+    }
+    for name, shape in shapes.items():
+        tensor = getattr(args, name)
+        expected = f"{contract.index_dtype} (the contract of {contract.name})"
+        if tensor.dtype != getattr(torch, contract.index_dtype):
+            raise SetupBug(name, expected, _name(tensor.dtype), _CUMSUM if name == "query_start_loc" else _LONG)
+        _check_shape(name, tensor, shape)
+
+
+def _check_tensors(contract: Contract, case: Case, args: LaunchArguments) -> None:
+    tokens, dtype = case.rows.num_tokens, element_type(case.dtype).torch
+    stored = element_type(case.stored_dtype).torch
+    out_dtype = element_type(contract.numerics.out_type(case.dtype)).torch
+    wanted: list[tuple[str, torch.Tensor | None, torch.dtype, tuple[int | None, ...]]] = [
+        ("q", args.q, dtype, (tokens, case.num_q_heads, case.head_size)),
+        ("out", args.out, out_dtype, (tokens, case.num_q_heads, case.value_size)),
+        ("k_cache", args.k_cache, stored, _key_shape(case, args)),
+        ("v_cache", args.v_cache, stored, _value_shape(case, args)),
+    ]
+    if contract.content.takes_new_tokens:
+        wanted += [
+            ("k", args.k, dtype, (tokens, case.num_kv_heads, case.head_size)),
+            ("v", args.v, dtype, (tokens, case.num_kv_heads, case.value_size)),
+        ]
+    if case.alibi:
+        wanted.append(("alibi_slopes", args.alibi_slopes, torch.float32, (case.num_q_heads,)))
+    if case.sinks:
+        wanted.append(("sinks", args.sinks, torch.float32, (case.num_q_heads,)))
+    if contract.returns_lse:
+        wanted.append(("lse", args.lse, torch.float32, (tokens, case.num_q_heads)))
+    for name, tensor, expected_dtype, shape in wanted:
+        if tensor is None:
+            raise SetupBug(name, f"a tensor (the contract of {contract.name})", "None")
+        if tensor.dtype != expected_dtype:
+            raise SetupBug(name, _name(expected_dtype), _name(tensor.dtype))
+        if tensor.device != args.q.device:
+            raise SetupBug(name, f"device {args.q.device}", str(tensor.device))
+        if tensor.numel() and tensor.stride(-1) != 1:
+            raise SetupBug(name, "a last dimension of stride 1", f"stride {tensor.stride(-1)}")
+        _check_shape(name, tensor, shape)
+
+
+def _key_shape(case: Case, args: LaunchArguments) -> tuple[int | None, ...]:
+    if case.layout == "linear_nhd":
+        return (None, case.page_size, case.num_kv_heads, case.head_size)
+    vector = args.k_cache.shape[-1]
+    if case.head_size % vector or vector * args.k_cache.element_size() > 16:
+        raise SetupBug("k_cache", "vectors of at most 16 bytes that divide the head size", f"x = {vector}")
+    return (None, case.num_kv_heads, case.head_size // vector, case.page_size, vector)
+
+
+def _value_shape(case: Case, args: LaunchArguments) -> tuple[int | None, ...]:
+    if case.layout == "linear_nhd":
+        return (args.k_cache.shape[0], case.page_size, case.num_kv_heads, case.value_size)
+    return (args.k_cache.shape[0], case.num_kv_heads, case.value_size, case.page_size)
+
+
+def _check_lengths(case: Case, args: LaunchArguments) -> None:
+    starts = [0]
+    for query_len in case.rows.query_lens:
+        starts.append(starts[-1] + query_len)
+    for name, expected in (("query_start_loc", starts), ("seq_lens", list(case.rows.seq_lens))):
+        got = getattr(args, name).tolist()
+        if got != expected:
+            at = next(i for i, (g, e) in enumerate(zip(got, expected, strict=True)) if g != e)
+            raise SetupBug(name, f"{expected[at]} at [{at}]", str(got[at]))
+    for name, values in (("max_query_len", case.rows.query_lens), ("max_seq_len", case.rows.seq_lens)):
+        if getattr(args, name) < max(values):
+            raise SetupBug(name, f"at least {max(values)}, the longest of the batch", str(getattr(args, name)))
+
+
+def _check_table(case: Case, args: LaunchArguments) -> None:
+    """Every page id that a live token needs lies inside the pool."""
+    num_pages = args.k_cache.shape[0]
+    table = args.block_table.tolist()
+    for seq, seq_len in enumerate(case.rows.seq_lens):
+        needed = -(-max(seq_len, 0) // case.page_size)
+        if needed > len(table[seq]):
+            raise SetupBug("block_table", f"{needed} pages for sequence {seq} ({seq_len} tokens)", f"{len(table[seq])} columns")
+        for column, page in enumerate(table[seq][:needed]):
+            if not 0 <= page < num_pages:
+                raise SetupBug("block_table", f"page ids in [0, {num_pages}) for sequence {seq}", f"{page} at column {column}")
+
+
+def _check_scales(case: Case, args: LaunchArguments) -> None:
+    for name in ("k_scale", "v_scale"):
+        scale = getattr(args, name)
+        if scale.dtype != torch.float32 or scale.numel() != 1:
+            raise SetupBug(name, "one float32 element on the device", f"{scale.numel()} of {_name(scale.dtype)}")
+        value = float(scale)
+        if not 0.0 < value < float("inf"):
+            raise SetupBug(name, "a finite descale above 0", repr(value))
+        if case.kv_dtype == "auto" and value != 1.0:
+            raise SetupBug(name, "1.0, as kv_dtype auto stores values unscaled", repr(value))
+
+
+def _check_shape(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...]) -> None:
+    got = tuple(tensor.shape)
+    if len(got) != len(shape) or any(want is not None and want != have for want, have in zip(shape, got, strict=True)):
+        wanted = ", ".join("any" if want is None else str(want) for want in shape)
+        raise SetupBug(name, f"shape [{wanted}]", str(list(got)))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,120 @@
+"""Launch: run one kernel on arguments already checked, and say which device kernels really ran.
+
+Invariant: `ran` is observed at the launch of each device kernel, not claimed by the adapter; what the launch broke
+(inputs changed, red zones written, a kernel that never ran) comes back as violations, never as an exception.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from harness.errors import KernelRaised, first_line
+from harness.interpreter import StrictViolation, strict_interpreter
+from harness.kernel.arguments import LaunchArguments
+from harness.kernel.contract import Contract
+from harness.kernel.guarded import GuardedOutput, fingerprint
+from harness.kernel.registry import Launcher
+
+_INPUTS = (
+    "q", "k", "v", "k_cache", "v_cache", "block_table", "query_start_loc", "seq_lens",
+    "k_scale", "v_scale", "alibi_slopes", "sinks",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LaunchResult:
+    ran: tuple[str, ...]  # device kernels in order of first launch; the kernel's own name where none can be observed
+    violations: tuple[str, ...]
+
+
+def launch(
+    contract: Contract,
+    launcher: Launcher,
+    args: LaunchArguments,
+    outputs: tuple[GuardedOutput, ...],
+    *,
+    program_order_seed: int = 0,
+) -> LaunchResult:
+    """Run `launcher` on `args` (compiled on a GPU, under the strict interpreter on a CPU) and observe it.
+
+    Raises KernelRaised where the kernel raises; out of memory and a dead device context pass through as they are.
+    """
+    inputs = input_tensors(args)
+    before = {name: fingerprint(tensor) for name, tensor in inputs.items()}
+    violations: list[str] = []
+    if "triton" not in contract.needs:
+        _call(launcher, args)
+        ran: tuple[str, ...] = (contract.name,)
+    elif args.q.device.type == "cpu":
+        ran, broken = _interpreted(launcher, args, inputs, outputs, program_order_seed)
+        violations += broken
+    else:
+        with observed_triton_launches() as names:
+            _call(launcher, args)
+        torch.cuda.synchronize(args.q.device)
+        ran = tuple(dict.fromkeys(names))
+    violations += _which_ran(contract, ran)
+    violations += [f"{name} was written by the kernel" for name, t in inputs.items() if fingerprint(t) != before[name]]
+    violations += [overrun for output in outputs if (overrun := output.overrun())]
+    return LaunchResult(ran, tuple(violations))
+
+
+def input_tensors(args: LaunchArguments) -> dict[str, torch.Tensor]:
+    """The tensors a kernel may read and must not write, by argument name."""
+    return {name: tensor for name in _INPUTS if (tensor := getattr(args, name)) is not None}
+
+
+def _call(launcher: Launcher, args: LaunchArguments) -> None:
+    try:
+        launcher(args)
+    except (StrictViolation, torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as error:  # a kernel may raise anything; it is the kernel's failure and keeps its cause
+        raise KernelRaised(f"the kernel raised {type(error).__name__}: {first_line(error)}") from error
+
+
+def _interpreted(
+    launcher: Launcher,
+    args: LaunchArguments,
+    inputs: Mapping[str, torch.Tensor],
+    outputs: tuple[GuardedOutput, ...],
+    seed: int,
+) -> tuple[tuple[str, ...], list[str]]:
+    written = {output.name: output.tensor for output in outputs}
+    with strict_interpreter({**inputs, **written}, outputs=set(written), program_order_seed=seed) as session:
+        try:
+            _call(launcher, args)
+        except StrictViolation as violation:
+            return tuple(dict.fromkeys(launch.kernel for launch in session.launches)), [str(violation)]
+    return tuple(dict.fromkeys(launch.kernel for launch in session.launches)), [str(v) for v in session.violations]
+
+
+def _which_ran(contract: Contract, ran: tuple[str, ...]) -> list[str]:
+    if not ran:
+        return ["no device kernel was launched: whatever the output holds, this kernel did not write it"]
+    foreign = [name for name in ran if contract.launches and name not in contract.launches]
+    return [f"launched {', '.join(foreign)}, which the contract of {contract.name} does not name"] if foreign else []
+
+
+@contextmanager
+def observed_triton_launches() -> Iterator[list[str]]:
+    """Names of the compiled Triton kernels launched inside the block, in order."""
+    from triton.runtime.jit import JITFunction
+
+    names: list[str] = []
+    original = JITFunction.run
+
+    def run(self, *args, warmup=False, **kwargs):  # type: ignore[no-untyped-def]
+        if not warmup:
+            names.append(self.fn.__name__)
+        return original(self, *args, warmup=warmup, **kwargs)
+
+    JITFunction.run = run
+    try:
+        yield names
+    finally:
+        JITFunction.run = original

@@ -1,0 +1,80 @@
+"""The pytest plugin: options, collection, one record per case, the summary. Thin: the work is done elsewhere.
+
+Invariant: every case that is run leaves exactly one record in the run log, also when its worker dies; an outcome of
+attnreg is never turned into a skip.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.errors import AttnregError, UsageError
+from harness.items import MatrixFile, MatrixItem
+from harness.reporting import Reporting
+from harness.session import SESSION, Session
+
+TIERS = ("smoke", "ci", "nightly", "probe")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("attnreg", "attention kernels against a float64 reference")
+    group.addoption("--tier", choices=TIERS, default="smoke", help="tier of the matrices to run (default: smoke)")
+    group.addoption("--where", metavar="EXPR", help="run only the cases for which EXPR holds, e.g. 'gqa_ratio == 8'")
+    group.addoption("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where kernels run; cpu interprets")
+    group.addoption("--kernels", metavar="DIR", action="append", default=[], help="a further folder of kernels")
+    group.addoption("--data-seed", type=int, metavar="N", help="override the data seed of every case")
+    group.addoption("--geometry-seed", type=int, metavar="N", help="override the geometry seed of every case")
+    group.addoption("--plant", metavar="NAME", help="inject a fault into the set-up; 'list' lists them")
+    group.addoption("--no-contract-checks", action="store_true", help="launch even what violates the contract")
+    group.addoption("--reports", metavar="DIR", help="where run logs go (default: reports/ of the project)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    try:
+        session = Session.from_config(config)
+        plant_known = session.plant if config.getoption("--plant") != "list" else None
+    except AttnregError as error:
+        raise pytest.UsageError(str(error)) from None
+    del plant_known
+    config.stash[SESSION] = session
+    if not session.is_worker:
+        config.pluginmanager.register(Reporting(session), "attnreg-reporting")
+
+
+def pytest_cmdline_main(config: pytest.Config) -> int | None:
+    if config.getoption("--plant") != "list":
+        return None
+    from harness.run.plant import PLANTS
+
+    for plant in PLANTS.values():
+        sys.stdout.write(f"{plant.name:<22} {plant.expected:<9} {plant.about}\n")
+    return 0
+
+
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> MatrixFile | None:
+    if file_path.suffix not in (".yaml", ".yml"):
+        return None
+    named = parent.session.isinitpath(file_path)
+    if named or any(line.startswith("matrix:") for line in file_path.read_text(encoding="utf-8").splitlines()):
+        return MatrixFile.from_parent(parent, path=file_path)
+    return None
+
+
+def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
+    facts = config.stash[SESSION]
+    if facts.num_deselected and not any(isinstance(item, MatrixItem) for item in items) and not session.testsfailed:
+        chosen = [f"{name} '{value}'" for name in ("--where", "--plant") if (value := config.getoption(name))]
+        raise pytest.UsageError(f"{' and '.join(chosen)} leaves none of {facts.num_deselected} cases of tier {facts.tier}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.when == "call" and isinstance(item, MatrixItem) and item.record is not None:
+        report.attnreg = item.record.to_json()  # travels from worker to controller with the report
+    return report

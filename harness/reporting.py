@@ -1,0 +1,100 @@
+"""The controller's side of a session: the run log and what the terminal shows.
+
+Invariant: registered in the controller only; each record is written the moment it arrives; a case whose worker died
+leaves a CRASH record all the same. Nothing is computed here.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness.errors import AttnregError
+from harness.run.outcome import Outcome, Verdict
+from harness.session import Session
+from harness.store.environment import environment
+from harness.store.record import Header, Record
+from harness.store.run_log import RunLog, new_run_id, utc_now
+
+_LETTERS = {Outcome.UNSUPPORTED: "u", Outcome.XFAIL: "x"}
+
+
+class Reporting:
+    """A pytest plugin object, registered in the controller."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.records: list[Record] = []
+        self.log: RunLog | None = None
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        record = self._record_of(report)
+        if record is None:
+            return
+        if self.log is None:
+            self.log = RunLog(self.session.reports, self._header())
+        self.log.write(record)
+        self.records.append(record)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
+        """Each outcome is a category of its own, so that failures are explained once, by attnreg."""
+        line = getattr(report, "attnreg", None)
+        if line is None:
+            return None
+        outcome = Record.from_json(line).outcome
+        if outcome is Outcome.PASS:
+            return None
+        return outcome.value.lower(), _LETTERS.get(outcome, "F"), outcome.value
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if self.log is None:
+            return
+        self.log.close()
+        from harness.report.terminal import render_run
+
+        width = min(terminalreporter._tw.fullwidth, 100)
+        color = terminalreporter._tw.hasmarkup
+        text = render_run(
+            self.records, self.session.coverage_notes(), str(self._shown(self.log.latest)), width=width, color=color
+        )
+        terminalreporter.ensure_newline()
+        terminalreporter.write(text)
+
+    def _shown(self, path: Path) -> Path:
+        root = self.session.config.rootpath
+        return path.relative_to(root) if path.is_relative_to(root) else path
+
+    def _header(self) -> Header:
+        config = self.session.config
+        seeds = {"data": config.getoption("--data-seed"), "geometry": config.getoption("--geometry-seed")}
+        plant = config.getoption("--plant")
+        return Header(
+            run=new_run_id(),
+            started=utc_now(),
+            argv=tuple(sys.argv[1:]),
+            environment=environment(),
+            seeds={name: seed for name, seed in seeds.items() if seed is not None},
+            plants=(plant,) if plant else (),
+            options={"tier": self.session.tier, **self.session.reproduce_options},
+        )
+
+    def _record_of(self, report: pytest.TestReport) -> Record | None:
+        line = getattr(report, "attnreg", None)
+        if line is not None:
+            return Record.from_json(line)
+        if report.when != "???":  # how pytest-xdist reports the case that took its worker down
+            return None
+        return self._crashed(report)
+
+    def _crashed(self, report: pytest.TestReport) -> Record | None:
+        shown, _, name = report.nodeid.partition("::")
+        path = self.session.config.rootpath / shown
+        try:
+            case, line = self.session.find_case(path, name)
+        except AttnregError:
+            return None  # not a case of ours
+        verdict = Verdict(Outcome.CRASH, str(report.longrepr).strip().splitlines()[-1])
+        return self.session.make_record(case, line, name, path, verdict)

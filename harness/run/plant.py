@@ -1,0 +1,120 @@
+"""Plants: known faults of a test's set-up, injected on purpose to see that attnreg tells them from kernel faults.
+
+Invariant: a plant changes exactly one thing between the case and the launch, and says for which cases it does anything.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from harness.cache.content import Content, is_decode
+from harness.case import Case, Placement
+from harness.errors import UsageError
+from harness.kernel.arguments import LaunchArguments
+from harness.problem.problem import Problem
+
+
+@dataclass(frozen=True)
+class Plant:
+    """One fault; each hook defaults to leaving its stage alone. `applies` says where it changes anything."""
+
+    name: str
+    about: str
+    expected: str  # the outcome it must get
+    applies: Callable[[Case, Content], bool]
+    case: Callable[[Case], Case] = lambda case: case
+    problem: Callable[[Problem], Problem] = lambda problem: problem
+    cached_lens: Callable[[Case, Content], tuple[int, ...] | None] = lambda case, content: None
+    pool_poison: float = float("nan")
+    arguments: Callable[[LaunchArguments], LaunchArguments] = lambda args: args
+
+
+def _context_only(case: Case, content: Content) -> tuple[int, ...]:
+    """Decode rows get only their context: the newest token is in no cache."""
+    rows = zip(case.rows.query_lens, case.rows.context_lens, strict=True)
+    return tuple(max(c, 0) if is_decode(q) else content.cached_len(q, c) for q, c in rows)
+
+
+def _identity_table(case: Case) -> Case:
+    """Sequence after sequence on pages 0, 1, 2, ...: a kernel that ignores the table may pass."""
+    pages, start = [], 0
+    for seq_len in case.rows.seq_lens:
+        needed = -(-max(seq_len, 0) // case.page_size)
+        pages.append(tuple(range(start, start + needed)))
+        start += needed
+    return replace(case, placement=Placement("explicit", "identity", tuple(pages)))
+
+
+def _int64_indices(args: LaunchArguments) -> LaunchArguments:
+    return replace(args, block_table=args.block_table.long(), seq_lens=args.seq_lens.long())
+
+
+def _promoted_by_cumsum(args: LaunchArguments) -> LaunchArguments:
+    query_lens = args.query_start_loc.diff()  # [num_seqs] int32
+    start_loc = torch.cumsum(query_lens, dim=0)  # int64, whatever went in
+    return replace(args, query_start_loc=torch.nn.functional.pad(start_loc, (1, 0)))
+
+
+NO_PLANT = Plant("none", "nothing is planted", "PASS", applies=lambda case, content: True)
+
+PLANTS: dict[str, Plant] = {
+    plant.name: plant
+    for plant in (
+        Plant(
+            "decode-token-missing",
+            "decode rows find only their context in the cache, not their newest token",
+            "TEST_BUG",
+            applies=lambda case, content: _context_only(case, content)
+            != tuple(content.cached_len(q, c) for q, c in zip(case.rows.query_lens, case.rows.context_lens, strict=True)),
+            cached_lens=_context_only,
+        ),
+        Plant(
+            "index-int64",
+            "block_table and seq_lens are torch.long",
+            "TEST_BUG",
+            applies=lambda case, content: True,
+            arguments=_int64_indices,
+        ),
+        Plant(
+            "cumsum-int64",
+            "query_start_loc comes from torch.cumsum, which promotes int32 to int64",
+            "TEST_BUG",
+            applies=lambda case, content: True,
+            arguments=_promoted_by_cumsum,
+        ),
+        Plant(
+            "scale-one",
+            "K and V descales are 1: a kernel that ignores them passes",
+            "BLIND",
+            applies=lambda case, content: case.kv_dtype != "auto",
+            problem=lambda problem: replace(problem, k_scale=1.0, v_scale=1.0),
+        ),
+        Plant(
+            "identity-table",
+            "every sequence lies on consecutive pages from page 0: a kernel that ignores the table passes",
+            "BLIND",
+            applies=lambda case, content: case.placement.kind != "shared_prefix" and max(case.rows.seq_lens) > 0,
+            case=_identity_table,
+        ),
+        Plant(
+            "zero-pool",
+            "unused slots and pages hold zeros instead of poison: reading them goes unseen",
+            "TEST_BUG",
+            applies=lambda case, content: True,
+            pool_poison=0.0,
+        ),
+    )
+}
+
+
+def find_plant(name: str) -> Plant:
+    """The plant called `name`; UsageError suggests the nearest."""
+    if name in PLANTS:
+        return PLANTS[name]
+    near = difflib.get_close_matches(name, PLANTS, n=1)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    raise UsageError(f"--plant: unknown fault '{name}'.{hint} Known: {', '.join(PLANTS)}")

@@ -1,0 +1,178 @@
+"""One case, end to end: set-up, checks, reference, launch, judgement. Pure of pytest and of rendering.
+
+Invariant: every case ends in exactly one Verdict. A fault of the kernel, of the set-up and of the harness are never
+mixed up: set-up faults stop before the launch, and only what the launch itself raises or breaks is blamed on the kernel.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from harness.cache.build import KVCache
+from harness.cache.effective import effective_kv
+from harness.case import Case
+from harness.errors import KernelNotFound, KernelRaised, LawError, PlacementError, SetupBug, first_line
+from harness.interpreter import prepare
+from harness.kernel.contract import Contract
+from harness.kernel.launch import LaunchResult, launch
+from harness.kernel.registry import load_entry
+from harness.oracle.judge import judge
+from harness.oracle.observability import blind_to
+from harness.oracle.tolerance import rounding_of, tolerance
+from harness.problem.problem import Problem, build_problem
+from harness.run.outcome import Outcome, Verdict
+from harness.run.plant import NO_PLANT, Plant
+from harness.run.setup import Setup, build_arguments, check_setup
+from harness.triage.explain import explain_mismatch, explain_setup_bug
+from references.attention import AttentionInputs, AttentionReference, attend
+
+
+@dataclass(frozen=True)
+class Options:
+    """How cases are run, apart from what they are."""
+
+    device: str = "auto"  # auto | cpu | cuda
+    contract_checks: bool = True
+    plant: Plant = NO_PLANT
+    data_seed: int | None = None  # overrides the seeds of the case
+    geometry_seed: int | None = None
+
+
+@dataclass
+class Stopwatch:
+    """Seconds by phase; the device is waited for at the end of each."""
+
+    device: torch.device
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device to run on; on a CPU Triton must be interpreted, which is decided before Triton is imported."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    prepare(name)
+    return torch.device(name)
+
+
+def run_case(case: Case, contract: Contract, options: Options) -> Verdict:
+    """Run `case` on the kernel of `contract` and say what became of it."""
+    if clause := contract.unsupported(case):
+        return Verdict(Outcome.UNSUPPORTED, clause)
+    case = options.plant.case(_reseeded(case, options))
+    device = resolve_device(options.device)
+    watch = Stopwatch(device)
+    verdict = _judged(case, contract, options, watch)
+    seeds = {"geometry": case.geometry_seed, "data": case.data_seed}
+    return replace(verdict, seconds=watch.seconds, seeds=seeds)
+
+
+def _reseeded(case: Case, options: Options) -> Case:
+    data = case.data_seed if options.data_seed is None else options.data_seed
+    geometry = case.geometry_seed if options.geometry_seed is None else options.geometry_seed
+    return replace(case, data_seed=data, geometry_seed=geometry)
+
+
+def _judged(case: Case, contract: Contract, options: Options, watch: Stopwatch) -> Verdict:
+    try:
+        with watch.phase("problem"):
+            problem = options.plant.problem(build_problem(case, watch.device))
+        with watch.phase("cache"):
+            setup = build_arguments(problem, contract, options.plant)
+            if options.contract_checks:
+                check_setup(setup, contract)
+    except SetupBug as bug:
+        return Verdict(Outcome.TEST_BUG, f"before launch: {bug}", explanation=explain_setup_bug(bug))
+    except (LawError, PlacementError) as error:
+        return Verdict(Outcome.TEST_BUG, f"this case cannot be built: {error}")
+    except torch.OutOfMemoryError as error:
+        return Verdict(Outcome.OUT_OF_MEMORY, f"while building the case: {first_line(error)}")
+    if options.contract_checks and (blind := _blindness(setup)):
+        return Verdict(Outcome.BLIND, blind)
+    return _launched(contract, setup, watch)
+
+
+def _blindness(setup: Setup) -> str | None:
+    """Why this set-up could not show some fault, or None."""
+    problem, cache = setup.problem, setup.cache
+    found = blind_to(
+        kv_dtype=problem.case.kv_dtype, k_scale=problem.k_scale, v_scale=problem.v_scale, pages=cache.pages
+    )
+    return "; ".join(f"cannot see {b.fault}: {b.because}" for b in found) or None
+
+
+def _launched(contract: Contract, setup: Setup, watch: Stopwatch) -> Verdict:
+    case = setup.problem.case
+    try:
+        with watch.phase("import"):
+            launcher = load_entry(contract)
+        with watch.phase("launch"):
+            result = launch(contract, launcher, setup.args, setup.outputs, program_order_seed=case.geometry_seed)
+        with watch.phase("reference"):
+            reference = build_reference(setup.problem, setup.cache, contract)
+        with watch.phase("judge"):
+            return _verdict(contract, setup, reference, result)
+    except KernelNotFound as error:
+        return Verdict(Outcome.ERROR, str(error))
+    except KernelRaised as error:
+        return Verdict(Outcome.FAIL, str(error))
+    except torch.OutOfMemoryError as error:
+        return Verdict(Outcome.OUT_OF_MEMORY, first_line(error))
+    except torch.AcceleratorError as error:
+        return Verdict(Outcome.CRASH, f"the device context died: {first_line(error)}")
+
+
+def build_reference(problem: Problem, cache: KVCache, contract: Contract) -> AttentionReference:
+    """float64 attention over what a right kernel sees: dequantised stored bytes and raw new tokens."""
+    case, numerics = problem.case, contract.numerics
+    k, v = effective_kv(problem, cache, contract.content, round_to_q=numerics.kv_dequant == "round_to_q")
+    inputs = AttentionInputs(
+        q=problem.q,
+        k=k,
+        v=v,
+        query_lens=case.rows.query_lens,
+        seq_lens=case.rows.seq_lens,
+        softmax_scale=problem.softmax_scale,
+        causal=case.causal,
+        sliding_window=case.sliding_window,
+        logits_soft_cap=case.logits_soft_cap,
+        alibi_slopes=problem.alibi_slopes,
+        sinks=problem.sinks,
+    )
+    return attend(inputs, rounding_of(numerics, case.dtype))
+
+
+def _verdict(contract: Contract, setup: Setup, reference: AttentionReference, result: LaunchResult) -> Verdict:
+    case = setup.problem.case
+    allowed = tolerance(reference, contract.numerics, case.dtype, case.head_size, structured=setup.problem.structured)
+    out, lse = setup.outputs[0], setup.outputs[1] if contract.returns_lse else None
+    findings = judge(
+        out.tensor,
+        lse.tensor if lse else None,
+        reference,
+        allowed,
+        unwritten=tuple(output.unwritten() for output in setup.outputs),
+        violations=result.violations,
+    )
+    tensors = {t.name: t.err_over_tol for t in findings.tensors}
+    verdict = Verdict(
+        Outcome.PASS, "", ran=result.ran, err_over_tol=tensors["out"], lse_err_over_tol=tensors.get("lse")
+    )
+    if findings.clean:
+        return verdict
+    explanation = explain_mismatch(case, findings)
+    return replace(verdict, outcome=Outcome.FAIL, reason=explanation["summary"], explanation=explanation)

@@ -1,0 +1,85 @@
+"""Setup: everything a kernel is about to be handed, from one case; the only place where these parts meet.
+
+Invariant: without a plant, what is built satisfies the contract of the kernel (check_setup proves it each time).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from harness.cache.build import KVCache, build_cache
+from harness.cache.verify import verify_cache
+from harness.case import Case
+from harness.dtypes import element_type
+from harness.kernel.arguments import LaunchArguments
+from harness.kernel.check import check_arguments
+from harness.kernel.contract import Contract
+from harness.kernel.guarded import GuardedOutput, guarded_output, strided_copy
+from harness.problem.problem import Problem
+from harness.run.plant import NO_PLANT, Plant
+
+
+@dataclass(frozen=True)
+class Setup:
+    problem: Problem
+    cache: KVCache
+    args: LaunchArguments
+    outputs: tuple[GuardedOutput, ...]  # out, then lse where the kernel returns one
+
+
+def build_arguments(problem: Problem, contract: Contract, plant: Plant = NO_PLANT) -> Setup:
+    """Cache, outputs and launch arguments for `problem`, with the set-up fault of `plant` in them."""
+    case = problem.case
+    cache = build_cache(
+        problem,
+        contract.content,
+        cached_lens=plant.cached_lens(case, contract.content),
+        poison=plant.pool_poison,
+    )
+    outputs = _outputs(problem, contract)
+    views = strided_copy if case.strides == "all" else lambda tensor: tensor
+    args = LaunchArguments(
+        q=views(problem.q),
+        k=None if cache.new_k is None else views(cache.new_k),
+        v=None if cache.new_v is None else views(cache.new_v),
+        k_cache=cache.k,
+        v_cache=cache.v,
+        layout=case.layout,
+        block_table=cache.block_table,
+        query_start_loc=cache.query_start_loc,
+        seq_lens=cache.seq_lens,
+        max_query_len=max(case.rows.query_lens),
+        max_seq_len=max(case.rows.seq_lens),
+        k_scale=cache.k_scale,
+        v_scale=cache.v_scale,
+        kv_dtype=case.kv_dtype,
+        softmax_scale=problem.softmax_scale,
+        causal=case.causal,
+        sliding_window=case.sliding_window or 0,
+        logits_soft_cap=case.logits_soft_cap or 0.0,
+        alibi_slopes=problem.alibi_slopes,
+        sinks=problem.sinks,
+        num_splits=case.num_splits or 0,
+        out=outputs[0].tensor,
+        lse=outputs[1].tensor if contract.returns_lse else None,
+    )
+    return Setup(problem, cache, plant.arguments(args), outputs)
+
+
+def check_setup(setup: Setup, contract: Contract) -> None:
+    """Raise SetupBug where the arguments or the content of the cache violate the contract."""
+    check_arguments(contract, setup.problem.case, setup.args)
+    verify_cache(setup.problem, setup.cache, contract.content)
+
+
+def _outputs(problem: Problem, contract: Contract) -> tuple[GuardedOutput, ...]:
+    case: Case = problem.case
+    tokens, heads = case.rows.num_tokens, case.num_q_heads
+    dtype = element_type(contract.numerics.out_type(case.dtype)).torch
+    device, strided = problem.q.device, case.strides == "all"
+    out = guarded_output("out", (tokens, heads, case.value_size), dtype, device, strided)
+    if not contract.returns_lse:
+        return (out,)
+    return (out, guarded_output("lse", (tokens, heads), torch.float32, device, strided))

@@ -1,0 +1,139 @@
+"""What one pytest session knows: its options, its kernels, its matrices and its run log. Kept in the config's stash.
+
+Invariant: nothing here is global; the controller owns the run log, workers only send records.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from harness.case import Case
+from harness.kernel.contract import Contract
+from harness.errors import UsageError
+from harness.kernel.registry import find_kernels
+from harness.matrix.expand import Expansion, case_id
+from harness.matrix.matrix import Matrix, load
+from harness.matrix.where import Where
+
+if TYPE_CHECKING:
+    from harness.run.outcome import Verdict
+    from harness.run.plant import Plant
+    from harness.run.run_case import Options
+    from harness.store.record import Record
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class Session:
+    config: pytest.Config
+    kernels: Mapping[str, Contract]
+    where: Where | None
+    num_deselected: int = 0
+
+    @classmethod
+    def from_config(cls, config: pytest.Config) -> Session:
+        """Raises KernelNotFound or WhereError for options that cannot be used."""
+        where = config.getoption("--where")
+        return cls(
+            config,
+            find_kernels(Path(folder) for folder in config.getoption("--kernels")),
+            Where.parse(where) if where else None,
+        )
+
+    @property
+    def tier(self) -> str:
+        return str(self.config.getoption("--tier"))
+
+    @property
+    def is_worker(self) -> bool:
+        return hasattr(self.config, "workerinput")
+
+    @property
+    def reports(self) -> Path:
+        chosen = self.config.getoption("--reports")
+        return Path(chosen) if chosen else PROJECT / "reports"
+
+    @property
+    def worker(self) -> str:
+        """Name of this worker process; empty in the controller."""
+        return str(getattr(self.config, "workerinput", {}).get("workerid", ""))
+
+    def expand(self, path: Path) -> tuple[Matrix, Expansion]:
+        """The matrix at `path` and its cases of this session's tier. Raises MatrixError."""
+        matrix = load(path, kernels=self.kernels)
+        return matrix, matrix.expand(self.tier, supported=self.unsupported)
+
+    def find_case(self, path: Path, wanted: str) -> tuple[Case, int]:
+        """Case and line of an id in the matrix at `path`. Raises MatrixError, or UsageError where there is none."""
+        _, expansion = self.expand(path)
+        for case, line in zip(expansion.cases, expansion.lines, strict=True):
+            if case_id(case) == wanted:
+                return case, line
+        raise UsageError(f"{path}: no case '{wanted}' in tier {self.tier}")
+
+    def make_record(self, case: Case, line: int, name: str, path: Path, verdict: Verdict) -> Record:
+        """The record of one case, with the command that runs it again."""
+        from harness.store.record import Record
+        from harness.triage.reproduce import reproduce_line
+
+        shown = os.path.relpath(path, self.config.rootpath)
+        own_seeds = {"geometry": case.geometry_seed, "data": case.data_seed}
+        command = reproduce_line(
+            shown, name, self.tier, verdict.seeds, self.reproduce_options, default_seeds=own_seeds
+        )
+        return Record.of(
+            case, verdict, id=name, matrix_path=shown, line=line, tier=self.tier, worker=self.worker, reproduce=command
+        )
+
+    def unsupported(self, case: Case) -> str | None:
+        return self.kernels[case.kernel].unsupported(case)
+
+    def selects(self, case: Case) -> bool:
+        """Whether --where and --plant leave anything to run in `case`."""
+        if self.where is not None and not self.where.evaluate(case):
+            return False
+        return self.plant is None or self.plant.applies(case, self.kernels[case.kernel].content)
+
+    @functools.cached_property
+    def plant(self) -> Plant | None:
+        name = self.config.getoption("--plant")
+        if not name:
+            return None
+        from harness.run.plant import find_plant
+
+        return find_plant(name)
+
+    @functools.cached_property
+    def options(self) -> Options:
+        from harness.run.plant import NO_PLANT
+        from harness.run.run_case import Options
+
+        return Options(
+            device=self.config.getoption("--device"),
+            contract_checks=not self.config.getoption("--no-contract-checks"),
+            plant=self.plant or NO_PLANT,
+            data_seed=self.config.getoption("--data-seed"),
+            geometry_seed=self.config.getoption("--geometry-seed"),
+        )
+
+    @property
+    def reproduce_options(self) -> dict[str, object]:
+        """The options that a reproduction needs besides id, tier and seeds, as given."""
+        device = self.config.getoption("--device")
+        return {
+            "device": None if device == "auto" else device,
+            "plant": self.config.getoption("--plant"),
+            "kernels": self.config.getoption("--kernels"),
+            "no_contract_checks": self.config.getoption("--no-contract-checks"),
+        }
+
+
+SESSION = pytest.StashKey[Session]()
