@@ -53,8 +53,11 @@ def explain_mismatch(case: Case, findings: Findings) -> dict[str, Any]:
         hints += [hint for hint in seen if hint.key not in {h.key for h in hints}]
         shape.append(_shape(found, pattern, seen))
     hints += compare_tensors(findings)
-    if kinds := _not_seen(findings):
-        rows["not"] = [", ".join(kinds)]
+    present, absent = _kinds(findings)
+    if present:
+        rows["of these"] = [", ".join(present)]
+    if absent:
+        rows["not"] = [", ".join(absent)]
     if hints:
         rows["seen"] = [hint.text for hint in hints]
     return plain_dict(
@@ -118,24 +121,28 @@ def _where(case: Case, pattern: Pattern) -> list[str]:
     if len(parts) > 1:
         decode = sum(part.phase == "decode" for part in parts)
         phases = [(len(parts) - decode, "prefill row"), (decode, "decode row")]
-        which = compact([part.sequence for part in parts], case.rows.num_seqs)
-        lines.append(f"sequences {which}: " + ", ".join(count(n, name) for n, name in phases if n))
+        everywhere = len(parts) == case.rows.num_seqs
+        which = f"all {len(parts)} sequences" if everywhere else f"sequences {compact([p.sequence for p in parts])}"
+        lines.append(f"{which}: " + ", ".join(count(n, name) for n, name in phases if n))
     worst_first = sorted(parts, key=lambda part: (-part.wrong_elements, part.sequence))[:MAX_SEQUENCES]
     if len(parts) <= MAX_SEQUENCES or any(len(part.indices) < part.query_len for part in parts):
         lines += [_row_line(part) for part in worst_first]
     if not pattern.whole(1):
         kv_heads = sorted({head // case.gqa_ratio for head in pattern.heads})
-        grouped = case.gqa_ratio > 1
-        lines.append(f"heads {compact(pattern.heads)}" + (f" = kv heads {compact(kv_heads)}" if grouped else ""))
+        of = f" (of kv {_named('head', kv_heads)})" if case.gqa_ratio > 1 else ""
+        lines.append(_named("head", pattern.heads) + of)
     if not pattern.whole(2):
-        lines.append(f"dims {compact(pattern.dims, pattern.shape[2])}")
+        lines.append(_named("dim", pattern.dims))
     return lines
 
 
+def _named(singular: str, indices: Sequence[int]) -> str:
+    return f"{singular}{'' if len(indices) == 1 else 's'} {compact(indices)}"
+
+
 def _row_line(part: RowPart) -> str:
-    name = "position" if len(part.positions) == 1 else "positions"
     some = "" if len(part.indices) == part.query_len else f", {len(part.indices)} of {part.query_len} tokens"
-    at = f"sequence {part.sequence}, {part.phase} row, {name} {compact(part.positions)}"
+    at = f"sequence {part.sequence}, {part.phase} row, {_named('position', part.positions)}"
     return f"{at} (query_len {part.query_len}, context {part.context_len}){some}"
 
 
@@ -171,17 +178,19 @@ def _place_data(case: Case, worst: Worst) -> dict[str, Any]:
     }
 
 
-def _not_seen(findings: Findings) -> list[str]:
-    """Kinds of fault that this is not; kinds that it partly is are counted instead."""
-    kinds = []
+def _kinds(findings: Findings) -> tuple[list[str], list[str]]:
+    """Kinds of fault that are there, counted, and kinds that are not."""
+    present, absent = [], []
     for name, amount in (
         ("NaN", sum(t.num_nan for t in findings.tensors)),
         ("Inf", sum(t.num_inf for t in findings.tensors)),
-        ("unwritten elements", sum(t.num_unwritten for t in findings.tensors)),
+        ("unwritten", sum(t.num_unwritten for t in findings.tensors)),
     ):
-        if not amount:
-            kinds.append(name)
-    return kinds
+        if amount:
+            present.append(f"{amount:,} {name}")
+        else:
+            absent.append(name)
+    return present, absent
 
 
 def _shape(found: TensorFindings, pattern: Pattern, hints: Sequence[Hint]) -> str:

@@ -1,6 +1,7 @@
 """Observations that stand out in a pattern, one per sentence.
 
-Invariant: each is true of the masks, element for element, and said only where the case could have shown the opposite (a batch without prefill rows gives no "only decode rows").
+Invariant: each is true of the masks, element for element, and said only where the case could have shown the
+opposite (a batch without prefill rows gives no "only decode rows").
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from harness.case import Case
 from harness.oracle.findings import Findings, TensorFindings
 from harness.triage.pattern import Pattern
 from harness.triage.place import places
-from harness.triage.wording import compact
+from harness.triage.wording import compact, count
 
 QUERY_TILES = (16, 32, 64, 128, 256)
 
@@ -114,13 +115,13 @@ def _heads(case: Case, pattern: Pattern) -> list[Hint]:
         return []
     kv_heads = sorted({head // case.gqa_ratio for head in pattern.heads})
     if len(kv_heads) == 1:
-        share = "" if case.gqa_ratio == 1 else f": {len(pattern.heads)} of its {case.gqa_ratio} heads"
+        share = "" if case.gqa_ratio == 1 else f", {len(pattern.heads)} of its {count(case.gqa_ratio, 'head')}"
         return [Hint("one_kv_head", f"only kv head {kv_heads[0]} is wrong{share}")]
     first_of_each = tuple(range(0, case.num_q_heads, case.gqa_ratio))
     if case.gqa_ratio > 1 and pattern.heads == first_of_each:
-        return [Hint("first_of_group", "only the first head of every kv head is wrong")]
-    if case.gqa_ratio > 1 and not set(pattern.heads) & set(first_of_each):
-        return [Hint("not_first_of_group", "the first head of every kv head is right")]
+        return [Hint("first_of_group", "only the first head of each kv head")]
+    if case.gqa_ratio > 1 and {*pattern.heads} == {*range(case.num_q_heads)} - {*first_of_each}:
+        return [Hint("not_first_of_group", "every head but the first of each kv head")]
     return []
 
 

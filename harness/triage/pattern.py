@@ -131,7 +131,7 @@ def _rest_sizes(mask: torch.Tensor) -> list[int]:
 def _strip(axis: str, wrong: Sequence[int], per_index: int) -> Strip:
     per_cell = -(-len(wrong) // HEAT_CELLS)
     cells = [wrong[start : start + per_cell] for start in range(0, len(wrong), per_cell)]
-    return Strip(axis, len(wrong), per_cell, tuple(round(max(cell) / per_index, 4) for cell in cells))
+    return Strip(axis, len(wrong), per_cell, tuple(float(f"{max(cell) / per_index:.3g}") for cell in cells))
 
 
 def _product(sizes: Sequence[int]) -> int:

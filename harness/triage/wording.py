@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-MAX_RUNS = 6  # runs named one by one before "and n more"
+MAX_RUNS = 4  # runs named one by one before "and n more"
 
 
 def number(value: float) -> str:
