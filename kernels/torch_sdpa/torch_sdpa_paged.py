@@ -1,0 +1,83 @@
+"""torch.nn.functional.scaled_dot_product_attention over a paged KV cache that holds every token.
+
+Invariant: only slots of live tokens are ever indexed, so what lies behind the last token may be anything. K and V are
+dequantised and rounded to the query dtype as the other kernels do; from there on everything is float32 (the mask, too:
+an ALiBi bias rounded to a 16-bit mask would be one more rounding) until the output is rounded once.
+
+The math backend is asked for by name: on CUDA the fused float32 kernels would run on TF32 matrix units.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from harness.kernel.arguments import LaunchArguments
+
+
+def launch(args: LaunchArguments) -> None:
+    """Attention over the cache only (`args.k` and `args.v` are not used); writes `args.out`. Needs torch only."""
+    starts, seq_lens = args.query_start_loc.tolist(), args.seq_lens.tolist()
+    for seq, seq_len in enumerate(seq_lens):
+        rows = slice(starts[seq], starts[seq + 1])
+        if rows.start < rows.stop:
+            args.out[rows] = _attend(args, seq, args.q[rows], max(seq_len, 0), seq_len - (rows.stop - rows.start))
+
+
+def gather(args: LaunchArguments, seq: int, seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """K [seq_len, num_kv_heads, head_size] and V [.., head_size_v] of one sequence, in the query dtype."""
+    linear = args.layout == "linear_nhd"
+    page_size = args.k_cache.shape[1] if linear else args.k_cache.shape[3]
+    position = torch.arange(seq_len, device=args.q.device)  # [seq_len]
+    page = args.block_table[seq, position // page_size].long()  # [seq_len]
+    slot = position % page_size  # [seq_len]
+    pair = []
+    for cache, scale in ((args.k_cache, args.k_scale), (args.v_cache, args.v_scale)):
+        stored = cache.view(torch.uint8) if cache.element_size() == 1 else cache  # 8-bit floats are not indexable
+        tokens = stored[page, slot] if linear else stored[page, :, :, slot].flatten(2)  # [seq_len, num_kv_heads, d]
+        if args.kv_dtype != "auto":
+            tokens = (tokens.view(cache.dtype).float() * scale).to(args.q.dtype)
+        pair.append(tokens)
+    return pair[0], pair[1]
+
+
+def visible_keys(args: LaunchArguments, distance: torch.Tensor) -> torch.Tensor:
+    """Which keys a query sees, from distance = key position - query position, [query_len, seq_len]."""
+    seen = torch.ones_like(distance, dtype=torch.bool)
+    if args.causal:
+        seen &= distance <= 0
+    if args.sliding_window > 0:
+        seen &= -distance < args.sliding_window
+    return seen
+
+
+def _attend(args: LaunchArguments, seq: int, q: torch.Tensor, seq_len: int, context_len: int) -> torch.Tensor:
+    """Output [query_len, num_q_heads, head_size_v] of one sequence in float32, from q [query_len, num_q_heads, d]."""
+    query_len, num_q_heads, _ = q.shape
+    keys, values = gather(args, seq, seq_len)
+    gqa_ratio = num_q_heads // keys.shape[1]
+    q = q.float().transpose(0, 1)  # [num_q_heads, query_len, head_size]
+    k = keys.float().transpose(0, 1).repeat_interleave(gqa_ratio, 0)  # [num_q_heads, seq_len, head_size]
+    v = values.float().transpose(0, 1).repeat_interleave(gqa_ratio, 0)  # [num_q_heads, seq_len, head_size_v]
+
+    query_pos = context_len + torch.arange(query_len, device=q.device)  # [query_len]
+    distance = torch.arange(seq_len, device=q.device) - query_pos[:, None]  # [query_len, seq_len]
+    seen = visible_keys(args, distance)
+    bias = torch.zeros(num_q_heads, query_len, seq_len, device=q.device)
+    if args.logits_soft_cap > 0:
+        # SDPA cannot cap its scores: they are computed here, and SDPA adds its own (0, from a query of zeros) to them.
+        cap = args.logits_soft_cap
+        bias += cap * torch.tanh((q @ k.transpose(1, 2)) * args.softmax_scale / cap)
+        q = torch.zeros_like(q)
+    if args.alibi_slopes is not None:
+        bias += args.alibi_slopes[:, None, None] * distance
+    bias.masked_fill_(~seen, float("-inf"))
+    if args.sinks is not None:  # one more key: a row of zeros, whose logit is the sink, with a value of zeros
+        k, v = torch.nn.functional.pad(k, (0, 0, 0, 1)), torch.nn.functional.pad(v, (0, 0, 0, 1))
+        bias = torch.cat([bias, args.sinks.view(-1, 1, 1).expand(-1, query_len, 1)], dim=2)
+
+    with sdpa_kernel(SDPBackend.MATH):
+        out = scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=args.softmax_scale)
+    # A row that sees no key is a softmax over nothing: 0 by definition, whatever SDPA makes of it.
+    return out.masked_fill(~seen.any(1)[:, None], 0.0).transpose(0, 1)

@@ -1,0 +1,24 @@
+"""Contract of the unified paged kernel: everything in the cache, prefill and decode rows alike."""
+
+from __future__ import annotations
+
+from harness.cache.content import Content
+from harness.kernel.contract import Contract
+from harness.kernel.numerics import NumericsProfile
+
+KERNELS: tuple[Contract, ...] = (
+    Contract(
+        name="unified_paged",
+        about="one Triton kernel for prefill and decode rows over a paged cache, with optional split-KV",
+        entry="unified_paged.py:launch",
+        content=Content.ALL,
+        features=frozenset({
+            "sliding_window", "noncausal", "logits_soft_cap", "alibi", "sinks", "split_kv", "head_size_v", "prefill",
+            "strided_cache", "strided_inputs", "queries_before_keys",
+        }),  # fmt: skip
+        launches=("unified_paged_kernel", "split_kv_combine_kernel"),
+        needs=("triton",),
+        install_hint="pip install triton; on a CPU its interpreter runs the same source",
+        numerics=NumericsProfile(kv_dequant="round_to_q", p_dtype="q", split_partial_dtype="fp32", mma="wgmma"),
+    ),
+)

@@ -1,0 +1,376 @@
+"""Attention over a paged KV cache that holds every token: prefill rows and decode rows in one kernel.
+
+Invariant: one program owns one tile of (token, query head) rows of one sequence and one KV head, so every element of
+`out` and `lse` is stored once. With split-KV the keys of a sequence are divided into whole tiles; a split without keys
+stores nothing and the combine never loads it, whatever the workspace holds. A sink enters the softmax in exactly one
+place: the start of the row in the one-pass kernel, the start of the combine with split-KV.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from harness.kernel.arguments import LaunchArguments
+
+from .._shared.paged_tile import cache_offsets, key_strides, page_size_of, soft_cap, value_strides, visible
+
+# Pointers and sizes differ from case to case: specialising on their alignment or on the value 1 would only multiply
+# compilations. The strides that may be innermost do know the value 1, which is what makes loads coalesce.
+_RUNTIME = (
+    "q_ptr", "k_cache_ptr", "v_cache_ptr", "block_table_ptr", "query_start_loc_ptr", "seq_lens_ptr", "k_scale_ptr",
+    "v_scale_ptr", "alibi_slopes_ptr", "sinks_ptr", "out_ptr", "lse_ptr", "partial_out_ptr", "partial_max_ptr",
+    "partial_sum_ptr", "gqa_ratio", "head_size", "head_size_v", "page_size", "window", "num_splits", "num_tokens",
+    "num_q_heads", "q_stride_token", "q_stride_head", "out_stride_token", "out_stride_head", "lse_stride_token",
+    "lse_stride_head", "table_stride", "k_stride_page", "k_stride_slot", "k_stride_head", "v_stride_page",
+    "v_stride_head",
+)  # fmt: skip
+_INNERMOST = ("q_stride_dim", "out_stride_dim", "k_stride_dim", "k_stride_lane", "v_stride_slot", "v_stride_dim")
+_COMBINE_RUNTIME = (
+    "query_start_loc_ptr", "seq_lens_ptr", "sinks_ptr", "out_ptr", "lse_ptr", "partial_out_ptr", "partial_max_ptr",
+    "partial_sum_ptr", "gqa_ratio", "head_size_v", "num_splits", "num_tokens", "num_q_heads", "out_stride_token",
+    "out_stride_head", "lse_stride_token", "lse_stride_head",
+)  # fmt: skip
+
+
+@triton.jit
+def initial_max_and_sum(sinks_ptr, head, present, BLOCK_M: tl.constexpr):
+    """Row maximum and row sum before the first key: the sink is one more logit, and has no value row."""
+    if sinks_ptr is not None:
+        row_max = tl.load(sinks_ptr + head, mask=present, other=float("-inf")).to(tl.float32)
+        row_sum = tl.full([BLOCK_M], 1.0, tl.float32)
+    else:
+        row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        row_sum = tl.zeros([BLOCK_M], tl.float32)
+    return row_max, row_sum
+
+
+@triton.jit
+def rescale(old_max, new_max):
+    """exp(old_max - new_max), where -inf means "nothing seen yet" and gives 0, also against -inf."""
+    return tl.exp(old_max - tl.where(new_max == float("-inf"), 0.0, new_max))
+
+
+@triton.jit
+def keys_per_split(seq_len, num_splits, BLOCK_N: tl.constexpr):
+    """Keys each split owns: whole tiles, at least one."""
+    return tl.maximum(tl.cdiv(tl.cdiv(seq_len, BLOCK_N), num_splits), 1) * BLOCK_N
+
+
+@triton.jit
+def store_rows(
+    acc,  # [BLOCK_M, BLOCK_DV] float32
+    row_max,  # [BLOCK_M]
+    row_sum,  # [BLOCK_M]
+    token,  # [BLOCK_M] int64
+    head,  # [BLOCK_M] query head
+    present,  # [BLOCK_M] whether the row exists
+    out_ptr,
+    lse_ptr,
+    head_size_v,
+    out_stride_token,
+    out_stride_head,
+    out_stride_dim,
+    lse_stride_token,
+    lse_stride_head,
+    BLOCK_DV: tl.constexpr,
+):
+    """Normalise and store; a row that saw neither key nor sink gets output 0 and LSE -inf."""
+    dim = tl.arange(0, BLOCK_DV)
+    empty = row_sum == 0.0
+    out = acc / tl.where(empty, 1.0, row_sum)[:, None]
+    offsets = (token * out_stride_token + head * out_stride_head)[:, None] + (dim * out_stride_dim)[None, :]
+    mask = present[:, None] & (dim < head_size_v)[None, :]
+    tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
+    if lse_ptr is not None:
+        lse = tl.where(empty, float("-inf"), row_max + tl.log(tl.where(empty, 1.0, row_sum)))
+        tl.store(lse_ptr + token * lse_stride_token + head * lse_stride_head, lse, mask=present)
+
+
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_INNERMOST)
+def unified_paged_kernel(
+    q_ptr,  # [num_tokens, num_q_heads, head_size]
+    k_cache_ptr,
+    v_cache_ptr,
+    block_table_ptr,  # [num_seqs, max_pages] int32
+    query_start_loc_ptr,  # [num_seqs + 1] int32
+    seq_lens_ptr,  # [num_seqs] int32
+    k_scale_ptr,  # [1] float32
+    v_scale_ptr,  # [1] float32
+    alibi_slopes_ptr,  # [num_q_heads] float32 or None
+    sinks_ptr,  # [num_q_heads] float32 or None
+    out_ptr,  # [num_tokens, num_q_heads, head_size_v]
+    lse_ptr,  # [num_tokens, num_q_heads] float32 or None
+    partial_out_ptr,  # [num_splits, num_tokens, num_q_heads, head_size_v] float32 or None
+    partial_max_ptr,  # [num_splits, num_tokens, num_q_heads] float32 or None
+    partial_sum_ptr,  # [num_splits, num_tokens, num_q_heads] float32 or None
+    softmax_scale: tl.float32,
+    cap: tl.float32,
+    gqa_ratio: tl.int32,
+    head_size: tl.int32,
+    head_size_v: tl.int32,
+    page_size: tl.int32,
+    window: tl.int32,
+    num_splits: tl.int32,
+    num_tokens: tl.int64,
+    num_q_heads: tl.int64,
+    q_stride_token: tl.int64,
+    q_stride_head: tl.int64,
+    q_stride_dim: tl.int64,
+    out_stride_token: tl.int64,
+    out_stride_head: tl.int64,
+    out_stride_dim: tl.int64,
+    lse_stride_token: tl.int64,
+    lse_stride_head: tl.int64,
+    table_stride: tl.int64,
+    k_stride_page: tl.int64,
+    k_stride_slot: tl.int64,
+    k_stride_head: tl.int64,
+    k_stride_dim: tl.int64,
+    k_stride_lane: tl.int64,
+    v_stride_page: tl.int64,
+    v_stride_slot: tl.int64,
+    v_stride_head: tl.int64,
+    v_stride_dim: tl.int64,
+    VECTOR: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_SOFT_CAP: tl.constexpr,
+    QUANTISED: tl.constexpr,
+    SPLIT_KV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """Grid (query tiles * num_splits, num_kv_heads, num_seqs). SPLIT_KV stores partials instead of the result."""
+    tile = tl.program_id(0) // num_splits
+    split = tl.program_id(0) % num_splits
+    kv_head = tl.program_id(1)
+    seq = tl.program_id(2)
+    query_start = tl.load(query_start_loc_ptr + seq)
+    query_len = tl.load(query_start_loc_ptr + seq + 1) - query_start
+    seq_len = tl.load(seq_lens_ptr + seq)
+    if tile * BLOCK_M >= query_len * gqa_ratio:
+        return
+
+    # Rows of the tile are (token, head of the group) pairs, the head running fastest.
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    query = row // gqa_ratio
+    present = query < query_len
+    token = (query_start + query).to(tl.int64)
+    head = kv_head * gqa_ratio + row % gqa_ratio
+    context_len = seq_len - query_len
+    query_pos = context_len + query
+
+    # Keys [first_key, end_key): the split's own, cut to what the tile can see.
+    first_key = 0
+    end_key = seq_len
+    if SPLIT_KV:
+        owned = keys_per_split(seq_len, num_splits, BLOCK_N)
+        first_key = split * owned
+        if first_key >= seq_len:
+            return
+        end_key = tl.minimum(first_key + owned, seq_len)
+    if CAUSAL:
+        last_query = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // gqa_ratio, query_len - 1)
+        end_key = tl.minimum(end_key, context_len + last_query + 1)
+    if window > 0:
+        oldest = tl.maximum(context_len + (tile * BLOCK_M) // gqa_ratio - window + 1, 0)
+        first_key = tl.maximum(first_key, oldest // BLOCK_N * BLOCK_N)
+
+    dim = tl.arange(0, BLOCK_D)
+    dim_v = tl.arange(0, BLOCK_DV)
+    q_offsets = (token * q_stride_token + head * q_stride_head)[:, None] + (dim * q_stride_dim)[None, :]
+    q = tl.load(q_ptr + q_offsets, mask=present[:, None] & (dim < head_size)[None, :], other=0.0)
+    if alibi_slopes_ptr is not None:
+        slope = tl.load(alibi_slopes_ptr + head, mask=present, other=0.0)
+    if QUANTISED:
+        k_scale = tl.load(k_scale_ptr)
+        v_scale = tl.load(v_scale_ptr)
+
+    if SPLIT_KV:  # the sink joins in the combine
+        row_max, row_sum = initial_max_and_sum(None, head, present, BLOCK_M)
+    else:
+        row_max, row_sum = initial_max_and_sum(sinks_ptr, head, present, BLOCK_M)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    table_row = block_table_ptr + seq * table_stride
+
+    for tile_start in range(first_key, end_key, BLOCK_N):
+        key = tile_start + tl.arange(0, BLOCK_N)
+        cached = key < seq_len
+        page = tl.load(table_row + key // page_size, mask=cached, other=0)
+        slot = key % page_size
+
+        k_offsets = cache_offsets(
+            page[None, :], slot[None, :], kv_head, dim[:, None],
+            k_stride_page, k_stride_slot, k_stride_head, k_stride_dim, k_stride_lane, VECTOR,
+        )  # fmt: skip
+        k = tl.load(k_cache_ptr + k_offsets, mask=cached[None, :] & (dim < head_size)[:, None], other=0.0)
+        if QUANTISED:
+            k = (k.to(tl.float32) * k_scale).to(q.dtype)
+
+        scores = tl.dot(q, k, input_precision="ieee") * softmax_scale  # [BLOCK_M, BLOCK_N]
+        if HAS_SOFT_CAP:
+            scores = soft_cap(scores, cap)
+        if alibi_slopes_ptr is not None:
+            scores += slope[:, None] * (key[None, :] - query_pos[:, None]).to(tl.float32)
+        seen = visible(query_pos[:, None], key[None, :], seq_len, window, CAUSAL)
+        scores = tl.where(seen, scores, float("-inf"))
+
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        p = rescale(scores, new_max[:, None])
+        alpha = rescale(row_max, new_max)
+        row_sum = row_sum * alpha + tl.sum(p, 1)
+        row_max = new_max
+
+        v_offsets = cache_offsets(
+            page[:, None], slot[:, None], kv_head, dim_v[None, :],
+            v_stride_page, v_stride_slot, v_stride_head, v_stride_dim, 0, 1,
+        )  # fmt: skip
+        # 0 * NaN is NaN: values behind the last token must not be loaded, a zero weight does not hide them.
+        v = tl.load(v_cache_ptr + v_offsets, mask=cached[:, None] & (dim_v < head_size_v)[None, :], other=0.0)
+        if QUANTISED:
+            v = (v.to(tl.float32) * v_scale).to(q.dtype)
+        acc = acc * alpha[:, None] + tl.dot(p.to(q.dtype), v, input_precision="ieee")
+
+    if SPLIT_KV:
+        partial = (split * num_tokens + token) * num_q_heads + head
+        tl.store(partial_max_ptr + partial, row_max, mask=present)
+        tl.store(partial_sum_ptr + partial, row_sum, mask=present)
+        partial_offsets = (partial * head_size_v)[:, None] + dim_v[None, :]
+        tl.store(partial_out_ptr + partial_offsets, acc, mask=present[:, None] & (dim_v < head_size_v)[None, :])
+    else:
+        store_rows(
+            acc, row_max, row_sum, token, head, present, out_ptr, lse_ptr, head_size_v,
+            out_stride_token, out_stride_head, out_stride_dim, lse_stride_token, lse_stride_head, BLOCK_DV,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_COMBINE_RUNTIME, do_not_specialize_on_alignment=("out_stride_dim",))
+def split_kv_combine_kernel(
+    query_start_loc_ptr,  # [num_seqs + 1] int32
+    seq_lens_ptr,  # [num_seqs] int32
+    sinks_ptr,  # [num_q_heads] float32 or None
+    out_ptr,  # [num_tokens, num_q_heads, head_size_v]
+    lse_ptr,  # [num_tokens, num_q_heads] float32 or None
+    partial_out_ptr,  # [num_splits, num_tokens, num_q_heads, head_size_v] float32
+    partial_max_ptr,  # [num_splits, num_tokens, num_q_heads] float32
+    partial_sum_ptr,  # [num_splits, num_tokens, num_q_heads] float32
+    gqa_ratio: tl.int32,
+    head_size_v: tl.int32,
+    num_splits: tl.int32,
+    num_tokens: tl.int64,
+    num_q_heads: tl.int64,
+    out_stride_token: tl.int64,
+    out_stride_head: tl.int64,
+    out_stride_dim: tl.int64,
+    lse_stride_token: tl.int64,
+    lse_stride_head: tl.int64,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """Grid (query tiles, num_kv_heads, num_seqs), the same tiles as the attention kernel."""
+    tile = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    seq = tl.program_id(2)
+    query_start = tl.load(query_start_loc_ptr + seq)
+    query_len = tl.load(query_start_loc_ptr + seq + 1) - query_start
+    seq_len = tl.load(seq_lens_ptr + seq)
+    if tile * BLOCK_M >= query_len * gqa_ratio:
+        return
+
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    present = row // gqa_ratio < query_len
+    token = (query_start + row // gqa_ratio).to(tl.int64)
+    head = kv_head * gqa_ratio + row % gqa_ratio
+    dim_v = tl.arange(0, BLOCK_DV)
+
+    row_max, row_sum = initial_max_and_sum(sinks_ptr, head, present, BLOCK_M)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    with_keys = tl.cdiv(tl.maximum(seq_len, 0), keys_per_split(seq_len, num_splits, BLOCK_N))
+    for split in range(0, with_keys):
+        partial = (split * num_tokens + token) * num_q_heads + head
+        part_max = tl.load(partial_max_ptr + partial, mask=present, other=float("-inf"))
+        part_sum = tl.load(partial_sum_ptr + partial, mask=present, other=0.0)
+        partial_offsets = (partial * head_size_v)[:, None] + dim_v[None, :]
+        part = tl.load(
+            partial_out_ptr + partial_offsets, mask=present[:, None] & (dim_v < head_size_v)[None, :], other=0.0
+        )
+        new_max = tl.maximum(row_max, part_max)
+        alpha = rescale(row_max, new_max)
+        beta = rescale(part_max, new_max)
+        acc = acc * alpha[:, None] + part * beta[:, None]
+        row_sum = row_sum * alpha + part_sum * beta
+        row_max = new_max
+
+    store_rows(
+        acc, row_max, row_sum, token, head, present, out_ptr, lse_ptr, head_size_v,
+        out_stride_token, out_stride_head, out_stride_dim, lse_stride_token, lse_stride_head, BLOCK_DV,
+    )  # fmt: skip
+
+
+class Tiles(NamedTuple):
+    rows: int  # BLOCK_M
+    keys: int  # BLOCK_N
+    dims: int  # BLOCK_D
+    dims_v: int  # BLOCK_DV
+
+
+def tiles_for(head_size: int, head_size_v: int, element_size: int, max_rows: int) -> Tiles:
+    """Tile sizes whose q, K and V tiles fit shared memory (227 KB) at any head size; all at least 16 for tl.dot."""
+    dims = max(16, triton.next_power_of_2(head_size))
+    dims_v = max(16, triton.next_power_of_2(head_size_v))
+    row_bytes = max(dims, dims_v) * element_size
+    # float32 products are unrolled fused multiply-adds, not matrix instructions: smaller tiles compile 4x faster.
+    largest = 16 if row_bytes > 1024 else 32 if row_bytes > 512 or element_size == 4 else 64
+    return Tiles(16 if max_rows <= 16 else largest, largest, dims, dims_v)
+
+
+def launch(args: LaunchArguments) -> None:
+    """Attention over the cache only (`args.k` and `args.v` are not used); writes `args.out` and `args.lse`.
+
+    `num_splits == 0` launches unified_paged_kernel once; `num_splits > 0` launches it with SPLIT_KV, one program per
+    split, and then split_kv_combine_kernel. The workspaces start as NaN: what a split does not store must not matter.
+    """
+    num_tokens, num_q_heads, head_size = args.q.shape
+    head_size_v = args.out.shape[2]
+    k_strides, v_strides = key_strides(args.k_cache, args.layout), value_strides(args.v_cache, args.layout)
+    num_kv_heads = args.k_cache.shape[2 if args.layout == "linear_nhd" else 1]
+    gqa_ratio = num_q_heads // num_kv_heads
+    max_rows = args.max_query_len * gqa_ratio
+    tiles = tiles_for(head_size, head_size_v, args.q.element_size(), max_rows)
+    num_tiles, num_seqs = triton.cdiv(max_rows, tiles.rows), args.seq_lens.shape[0]
+    lse_strides = (0, 0) if args.lse is None else args.lse.stride()
+    splits = max(args.num_splits, 1)
+
+    partial_out = partial_max = partial_sum = None
+    if args.num_splits:
+        shape = (splits, num_tokens, num_q_heads)
+        partial_out = torch.full((*shape, head_size_v), float("nan"), device=args.q.device)
+        partial_max = torch.full(shape, float("nan"), device=args.q.device)
+        partial_sum = torch.full(shape, float("nan"), device=args.q.device)
+
+    unified_paged_kernel[(num_tiles * splits, num_kv_heads, num_seqs)](
+        args.q, args.k_cache, args.v_cache, args.block_table, args.query_start_loc, args.seq_lens,
+        args.k_scale, args.v_scale, args.alibi_slopes, args.sinks, args.out, args.lse,
+        partial_out, partial_max, partial_sum,
+        args.softmax_scale, args.logits_soft_cap,
+        gqa_ratio, head_size, head_size_v, page_size_of(args.k_cache, args.layout), args.sliding_window,
+        splits, num_tokens, num_q_heads,
+        *args.q.stride(), *args.out.stride(), *lse_strides, args.block_table.stride(0),
+        k_strides.page, k_strides.slot, k_strides.head, k_strides.dim, k_strides.lane,
+        v_strides.page, v_strides.slot, v_strides.head, v_strides.dim,
+        VECTOR=k_strides.vector, CAUSAL=args.causal, HAS_SOFT_CAP=args.logits_soft_cap > 0,
+        QUANTISED=args.kv_dtype != "auto", SPLIT_KV=args.num_splits > 0,
+        BLOCK_M=tiles.rows, BLOCK_N=tiles.keys, BLOCK_D=tiles.dims, BLOCK_DV=tiles.dims_v, num_stages=1,
+    )  # fmt: skip
+    if args.num_splits:
+        split_kv_combine_kernel[(num_tiles, num_kv_heads, num_seqs)](
+            args.query_start_loc, args.seq_lens, args.sinks, args.out, args.lse, partial_out, partial_max, partial_sum,
+            gqa_ratio, head_size_v, splits, num_tokens, num_q_heads, *args.out.stride(), *lse_strides,
+            BLOCK_M=tiles.rows, BLOCK_N=tiles.keys, BLOCK_DV=tiles.dims_v,
+        )  # fmt: skip
