@@ -1,0 +1,243 @@
+"""The float64 reference against a second implementation, against identities, and against its own memory bound."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from references.attention import AttentionInputs, AttentionReference, Rounding, attend
+from references.naive import naive_attention
+
+ROUNDINGS = {
+    "fp32": Rounding(2.0**-24),
+    "bf16": Rounding(2.0**-8),
+    "fp16": Rounding(2.0**-11, 2.0**-25),
+    "fp8_e4m3": Rounding(2.0**-4, 2.0**-10, row_sums=True),
+}
+LENGTHS = (  # (query_lens, seq_lens)
+    ((3, 1, 5, 1, 2), (7, 6, 5, 1, 12)),  # chunked prefill, decode, prefill, first token
+    ((4, 1, 2, 3), (2, 0, 5, 0)),  # rows before the first key, empty sequences
+)
+
+
+def make_inputs(
+    query_lens: tuple[int, ...] = (3, 1, 5),
+    seq_lens: tuple[int, ...] = (7, 6, 5),
+    kv_heads: int = 2,
+    group: int = 3,
+    size: int = 8,
+    size_v: int = 5,
+    seed: int = 0,
+    alibi: bool = False,
+    sinks: bool = False,
+    **features: Any,  # noqa: ANN401 (fields of AttentionInputs)
+) -> AttentionInputs:
+    g = torch.Generator().manual_seed(seed)
+    heads = kv_heads * group
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    return AttentionInputs(
+        q=2 * normal(sum(query_lens), heads, size).to(torch.float16),
+        k=normal(sum(seq_lens), kv_heads, size).float(),
+        v=normal(sum(seq_lens), kv_heads, size_v),
+        query_lens=query_lens,
+        seq_lens=seq_lens,
+        softmax_scale=features.pop("softmax_scale", size**-0.5),
+        alibi_slopes=normal(heads).abs().float() if alibi else None,
+        sinks=normal(heads).float() if sinks else None,
+        **features,
+    )
+
+
+def features() -> Iterator[dict[str, Any]]:
+    for causal in (True, False):
+        for window in (None, 1, 3):
+            yield {"causal": causal, "sliding_window": window}
+            yield {"causal": causal, "sliding_window": window, "sinks": True, "alibi": True, "logits_soft_cap": 1.5}
+    yield {"alibi": True}
+    yield {"sinks": True}
+    yield {"logits_soft_cap": 0.7}
+
+
+def assert_equal(name: str, got: torch.Tensor, want: torch.Tensor, rtol: float = 1e-12) -> None:
+    torch.testing.assert_close(got, want, rtol=rtol, atol=1e-13, msg=lambda text: f"{name}: {text}")
+
+
+MOMENTS = ("out", "lse", "abs_pv", "cast_square", "cast_sum", "flush_sum", "num_visible")
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=["usual", "empty"])
+@pytest.mark.parametrize("feature", list(features()), ids=str)
+@pytest.mark.parametrize("max_elements", [1, 60, 1 << 25])
+def test_agrees_with_the_naive_implementation(
+    lengths: tuple[tuple[int, ...], tuple[int, ...]], feature: dict[str, Any], max_elements: int
+) -> None:
+    inputs = make_inputs(*lengths, **dict(feature))
+    rounding = ROUNDINGS["fp8_e4m3"]
+    got, want = attend(inputs, rounding, max_elements=max_elements), naive_attention(inputs, rounding)
+    for name in MOMENTS:
+        assert_equal(name, getattr(got, name), getattr(want, name))
+    assert bool((got.logit_bound >= want.largest_logit - 1e-12).all())
+    assert bool((got.offset >= want.offset - 1e-12).all())
+    assert float(got.offset.mean()) <= 2.5 * float(want.offset.mean()) + 1e-12
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS.values(), ids=ROUNDINGS.keys())
+def test_moments_agree_for_every_rounding(rounding: Rounding) -> None:
+    inputs = make_inputs((6, 1), (40, 30), softmax_scale=4.0)  # peaked: keys in the flush zone of fp16 and fp8
+    got, want = attend(inputs, rounding), naive_attention(inputs, rounding)
+    for name in MOMENTS:
+        assert_equal(name, getattr(got, name), getattr(want, name))
+    assert bool((got.flush_sum > 0).any()) == (rounding.half_subnormal > 2.0**-20)
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS.values(), ids=ROUNDINGS.keys())
+def test_row_sums_are_the_moments_of_a_value_of_one(rounding: Rounding) -> None:
+    inputs = make_inputs((6, 1), (40, 30), softmax_scale=1.5)
+    ones = replace(inputs, v=torch.ones_like(inputs.v[..., :1]))
+    got = attend(ones, replace(rounding, row_sums=True))
+    for row, element in (
+        ("row_cast_square", "cast_square"),
+        ("row_cast_sum", "cast_sum"),
+        ("row_flush_sum", "flush_sum"),
+    ):
+        assert_equal(row, getattr(got, row), getattr(got, element)[..., 0])
+
+
+@pytest.mark.parametrize("fault", ["causal", "window", "scale", "gqa", "cap"])
+def test_the_comparison_sees_a_wrong_reference(fault: str) -> None:
+    """The agreement above is not vacuous: a reference with one fault differs by far more than 1e-12."""
+    inputs = make_inputs(sliding_window=3, logits_soft_cap=2.0)
+    wrong = {
+        "causal": replace(inputs, causal=False),
+        "window": replace(inputs, sliding_window=4),
+        "scale": replace(inputs, softmax_scale=inputs.softmax_scale * 1.001),
+        "gqa": replace(inputs, k=inputs.k.flip(1)),
+        "cap": replace(inputs, logits_soft_cap=None),
+    }[fault]
+    want = naive_attention(inputs, ROUNDINGS["fp32"]).out
+    assert float((attend(wrong, ROUNDINGS["fp32"]).out - want).abs().max()) > 1e-6
+
+
+# Identities: results known without any implementation.
+
+
+def test_constant_value_is_returned() -> None:
+    inputs = make_inputs()
+    got = attend(replace(inputs, v=torch.full_like(inputs.v, 3.25)), ROUNDINGS["bf16"])
+    assert_equal("out", got.out, torch.full_like(got.out, 3.25))
+
+
+def test_one_key_is_copied() -> None:
+    inputs = make_inputs((1, 1), (1, 1))
+    got = attend(inputs, ROUNDINGS["bf16"])
+    assert torch.equal(got.out, inputs.v.repeat_interleave(3, dim=1))
+    scores = (inputs.q.double() * inputs.k.double().repeat_interleave(3, dim=1)).sum(-1) * inputs.softmax_scale
+    assert_equal("lse", got.lse, scores)
+
+
+def test_keys_given_twice_add_ln_2() -> None:
+    inputs = make_inputs((2, 1), (9, 4), causal=False)
+    once = attend(inputs, ROUNDINGS["bf16"])
+    k = torch.cat([piece for piece in inputs.k.split(inputs.seq_lens) for _ in range(2)])
+    v = torch.cat([piece for piece in inputs.v.split(inputs.seq_lens) for _ in range(2)])
+    twice = attend(replace(inputs, k=k, v=v, seq_lens=(18, 8)), ROUNDINGS["bf16"])
+    assert_equal("out", twice.out, once.out)
+    assert_equal("lse", twice.lse, once.lse + math.log(2))
+
+
+def test_order_of_keys_does_not_matter() -> None:
+    inputs = make_inputs((1,), (30,), causal=False)
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(1))
+    shuffled = replace(inputs, k=inputs.k[order], v=inputs.v[order])
+    assert_equal("out", attend(shuffled, ROUNDINGS["bf16"]).out, attend(inputs, ROUNDINGS["bf16"]).out)
+
+
+def test_a_window_of_the_sequence_is_no_window() -> None:
+    inputs = make_inputs((5, 1), (20, 8))
+    windowed = attend(replace(inputs, sliding_window=20), ROUNDINGS["bf16"])
+    assert torch.equal(windowed.out, attend(inputs, ROUNDINGS["bf16"]).out)
+
+
+def test_large_logits_do_not_overflow() -> None:
+    inputs = make_inputs(softmax_scale=1e4)
+    got = attend(inputs, ROUNDINGS["fp16"])
+    assert bool(torch.isfinite(got.out).all())
+    assert bool(torch.isfinite(got.lse).all())
+
+
+def test_inputs_are_left_alone() -> None:
+    inputs = make_inputs(alibi=True, sinks=True, sliding_window=3, logits_soft_cap=2.0)
+    inputs = replace(inputs, q=inputs.q.double(), k=inputs.k.double())
+    copies = [inputs.q.clone(), inputs.k.clone(), inputs.v.clone()]
+    attend(inputs, ROUNDINGS["fp16"])
+    assert all(torch.equal(a, b) for a, b in zip(copies, (inputs.q, inputs.k, inputs.v), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"query_lens": (3, 1)}, "query_lens and seq_lens"),
+        ({"query_lens": (3, 1, 6)}, "q tokens"),
+        ({"seq_lens": (7, 6, 6)}, "k: expected"),
+        ({"v": torch.zeros(18, 4, 5)}, "k: expected"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(change: dict[str, Any], what: str) -> None:
+    with pytest.raises(ValueError, match=what):
+        replace(make_inputs(), **change)
+
+
+# Memory.
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts bytes of storages created while it is active: the largest and the peak of those alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.peak = self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        result = func(*args, **(kwargs or {}))
+        for tensor in (
+            [result] if isinstance(result, torch.Tensor) else result if isinstance(result, tuple | list) else []
+        ):
+            storage = tensor.untyped_storage()
+            if isinstance(tensor, torch.Tensor) and id(storage) not in self.alive:
+                self.alive[id(storage)] = storage.nbytes()
+                weakref.finalize(storage, self.alive.pop, id(storage), None)
+                self.largest = max(self.largest, storage.nbytes())
+                self.peak = max(self.peak, sum(self.alive.values()))
+        return result
+
+
+def bytes_of(reference: AttentionReference) -> int:
+    return sum(x.nbytes for x in vars(reference).values() if isinstance(x, torch.Tensor))
+
+
+@pytest.mark.parametrize(
+    "feature", [{}, {"causal": False, "sliding_window": 50}, {"alibi": True, "sinks": True}], ids=str
+)
+@pytest.mark.parametrize("max_elements", [1 << 13, 1 << 16])
+def test_memory_stays_within_the_stated_bound(feature: dict[str, Any], max_elements: int) -> None:
+    inputs = make_inputs((400, 1), (500, 300), kv_heads=4, group=2, size=4, size_v=4, **dict(feature))
+    scores = 400 * 500 * 8
+    sequence = 8 * 500 * 4 * (4 + 3 * 4) + 8 * 500 * 4 * 8  # k, v, |v|, v^2 and one copy while they are made
+    with LiveBytes() as used:
+        result = attend(inputs, ROUNDINGS["fp16"], max_elements=max_elements)
+    assert used.peak - bytes_of(result) - sequence <= 32 * max_elements
+    assert used.peak < scores * 8  # the scores as a whole would not fit
+    with LiveBytes() as at_once:
+        attend(inputs, ROUNDINGS["fp16"], max_elements=scores)
+    assert at_once.largest > 8 * scores // 3  # the meter sees tiles that large
