@@ -1,0 +1,282 @@
+"""The one table of axes: name, type, default, id fragment and meaning.
+
+Invariant: every field of harness.case.Case but `matrix` is an axis here, in the order in which ids spell it, and the
+default here is the default there. A value is converted by the axis's declared type and by nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import yaml
+
+from harness.case import Case, Placement
+from harness.matrix.expression import Kind
+from harness.matrix.rows import RowMix, check_name, parse_mix
+from harness.matrix.source import (
+    Mistake,
+    Node,
+    Source,
+    describe,
+    items,
+    one_of,
+    span_of,
+    suggestion,
+    text,
+    unknown_keys,
+)
+
+DATA_LAWS = ("normal", "probe", "needle", "uniform", "outliers", "negative")
+PLACEMENTS = ("shuffled", "sequential", "reversed", "shared_prefix")
+_INTEGER = re.compile(r"-?(0|[1-9][0-9]*)")
+_NUMBER = re.compile(r"-?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
+Schema = dict[str, Any]
+
+
+@dataclass
+class Vocabulary:
+    """What names may be used in one matrix. `kernels` is None where any name is taken; inline mixes join `mixes`."""
+
+    source: Source
+    kernels: Collection[str] | None = None
+    mixes: dict[str, RowMix] = field(default_factory=dict)
+
+
+class AxisType(Protocol):
+    """How the values of an axis are read, written into ids, and described to editors."""
+
+    @property
+    def kind(self) -> Kind: ...
+
+    def parse(self, node: Node, name: str, vocabulary: Vocabulary) -> Any: ...  # noqa: ANN401 values differ by axis
+
+    def schema(self) -> Schema: ...
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number; `whole` numbers refuse 1e-2 and 0.5, `optional` ones take none (absent)."""
+
+    minimum: float
+    whole: bool = True
+    optional: bool = False
+    exclusive: bool = False
+    kind: Kind = "number"
+
+    def parse(self, node: Node, name: str, vocabulary: Vocabulary) -> float | int | None:
+        word = text(node, name)
+        if self.optional and word == "none":
+            return None
+        if not (_INTEGER if self.whole else _NUMBER).fullmatch(word):
+            raise Mistake(span_of(node), f"{name} is {self._words()}, not '{word}'")
+        value = int(word) if self.whole else float(word)
+        if value < self.minimum or (self.exclusive and value == self.minimum):
+            raise Mistake(span_of(node), f"{name} is {self._words()}, not {word}")
+        return value
+
+    def _words(self) -> str:
+        bound = f"{'above' if self.exclusive else 'of at least'} {self.minimum:g}"
+        return f"a {'whole ' if self.whole else ''}number {bound}{' or none' if self.optional else ''}"
+
+    def schema(self) -> Schema:
+        bound = "exclusiveMinimum" if self.exclusive else "minimum"
+        number: Schema = {"type": "integer" if self.whole else "number", bound: self.minimum}
+        return {"anyOf": [number, {"const": "none"}]} if self.optional else number
+
+
+@dataclass(frozen=True)
+class Flag:
+    """true or false; nothing else, so that `no` cannot quietly mean false."""
+
+    kind: Kind = "truth"
+
+    def parse(self, node: Node, name: str, vocabulary: Vocabulary) -> bool:
+        word = text(node, name)
+        if word not in ("true", "false"):
+            raise Mistake(span_of(node), f"{name} is true or false, not '{word}'")
+        return word == "true"
+
+    def schema(self) -> Schema:
+        return {"type": "boolean"}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of a few words."""
+
+    words: tuple[str, ...]
+    kind: Kind = "text"
+
+    def parse(self, node: Node, name: str, vocabulary: Vocabulary) -> str:
+        return one_of(text(node, name), self.words, name, span_of(node))
+
+    def schema(self) -> Schema:
+        return {"enum": list(self.words)}
+
+
+@dataclass(frozen=True)
+class KernelName:
+    """The name of a kernel that was found."""
+
+    kind: Kind = "text"
+
+    def parse(self, node: Node, name: str, vocabulary: Vocabulary) -> str:
+        word = text(node, name)
+        if vocabulary.kernels is None:
+            return check_name(word, span_of(node), "kernel")
+        return one_of(word, vocabulary.kernels, "kernel", span_of(node))
+
+    def schema(self) -> Schema:
+        return {"type": "string"}
+
+
+@dataclass(frozen=True)
+class RowsValue:
+    """The name of a row mix, or a mix written in place with a `name`."""
+
+    kind: Kind = "text"
+
+    def parse(self, node: Node, name: str, vocabulary: Vocabulary) -> RowMix:
+        if not isinstance(node, yaml.MappingNode):
+            word = text(node, name)
+            if word not in vocabulary.mixes:
+                raise Mistake(span_of(node), f"unknown row mix '{word}'{suggestion(word, vocabulary.mixes)}")
+            return vocabulary.mixes[word]
+        label = _label(node, "a row mix in place", vocabulary.source)
+        mix = parse_mix(vocabulary.source, node, label)
+        if vocabulary.mixes.setdefault(label, mix) != mix:
+            raise Mistake(span_of(node), f"row mix '{label}' is already defined otherwise")
+        return mix
+
+    def schema(self) -> Schema:
+        return {"anyOf": [{"type": "string"}, {"$ref": "#/definitions/row_mix_in_place"}]}
+
+
+@dataclass(frozen=True)
+class PlacementValue:
+    """A kind of placement, or explicit page ids per sequence: {name: straddle, pages: [[4, 3], [7]]}."""
+
+    kind: Kind = "text"
+
+    def parse(self, node: Node, name: str, vocabulary: Vocabulary) -> Placement:
+        if not isinstance(node, yaml.MappingNode):
+            word = one_of(text(node, name), PLACEMENTS, "placement", span_of(node))
+            return Placement(word, word)
+        label = _label(node, "an explicit placement", vocabulary.source)
+        if label in PLACEMENTS:
+            raise Mistake(span_of(node), f"'{label}' is a kind of placement: give the explicit one another name")
+        entries = vocabulary.source.entries(node, name)
+        for mistake in unknown_keys(entries, ("name", "pages"), "key of a placement"):
+            vocabulary.source.add(mistake)
+        if "pages" not in entries:
+            raise Mistake(span_of(node), f"placement '{label}' has no pages")
+        page = Number(0)
+        rows = tuple(
+            tuple(int(page.parse(cell, "a page id", vocabulary) or 0) for cell in items(row, "a row of pages"))
+            for row in items(entries["pages"][1], "pages")
+        )
+        return Placement("explicit", label, rows)
+
+    def schema(self) -> Schema:
+        pages = {"type": "array", "items": {"type": "array", "items": {"type": "integer", "minimum": 0}}}
+        explicit = {
+            "type": "object",
+            "properties": {"name": {"type": "string"}, "pages": pages},
+            "required": ["name", "pages"],
+            "additionalProperties": False,
+        }
+        return {"anyOf": [{"enum": list(PLACEMENTS)}, explicit]}
+
+
+def _label(node: Node, what: str, source: Source) -> str:
+    entries = source.entries(node, what)
+    if "name" not in entries:
+        raise Mistake(span_of(node), f"{what} needs a name, which ids spell")
+    name = entries["name"][1]
+    return check_name(text(name, "name"), span_of(name), what.split()[-1])
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis. `fragment` stands before the value in an id; a flag's fragment stands alone for its unusual value."""
+
+    name: str
+    type: AxisType
+    fragment: str
+    doc: str
+    default: Any = None
+    required: bool = False  # no default: every case must be given one
+
+    def parse(self, node: Node, vocabulary: Vocabulary) -> Any:  # noqa: ANN401 values differ by axis
+        """The value at `node`, of the type of this axis. Raises Mistake."""
+        if isinstance(node, yaml.SequenceNode):
+            raise Mistake(span_of(node), f"{self.name} is one value here, not {describe(node)}")
+        return self.type.parse(node, self.name, vocabulary)
+
+
+def _axis(name: str, type_: AxisType, fragment: str, doc: str) -> Axis:
+    default = next(f for f in dataclasses.fields(Case) if f.name == name).default
+    missing = default is dataclasses.MISSING
+    return Axis(name, type_, fragment, doc, None if missing else default, missing)
+
+
+AXES: Mapping[str, Axis] = {
+    axis.name: axis
+    for axis in (
+        _axis("kernel", KernelName(), "", "the kernel under test, by the name of its contract"),
+        _axis("dtype", Choice(("fp32", "fp16", "bf16")), "", "element type of q, the new k and v, and out"),
+        _axis("num_q_heads", Number(1), "h", "query heads"),
+        _axis("gqa_ratio", Number(1), "gqa", "query heads per KV head; divides num_q_heads"),
+        _axis("head_size", Number(1), "d", "dimension of q and k, and of v unless head_size_v says otherwise"),
+        _axis("head_size_v", Number(1, optional=True), "dv", "dimension of v; none: as head_size"),
+        _axis("kv_dtype", Choice(("auto", "fp8_e4m3", "fp8_e5m2")), "kv", "what the cache stores; auto: dtype"),
+        _axis("sliding_window", Number(1, optional=True), "sw", "keys a query sees, itself included; none: all"),
+        _axis("page_size", Number(1), "p", "tokens per KV page"),
+        _axis("layout", Choice(("linear_nhd", "vllm_classic")), "", "how (page, slot, head, dim) maps to storage"),
+        _axis("strides", Choice(("compact", "cache", "all")), "strided_", "which tensors are non-contiguous views"),
+        _axis("page_table", Choice(("block_table",)), "", "form of the page table"),
+        _axis("table_padding", Choice(("poison_page", "out_of_range", "exact")), "pad_", "page ids past a row's end"),
+        _axis("tail", Choice(("nan", "loud")), "tail_", "what lies behind the last token of a live page"),
+        _axis("causal", Flag(), "noncausal", "whether a query sees keys up to its own position only"),
+        _axis("logits_soft_cap", Number(0, whole=False, optional=True, exclusive=True), "cap", "cap * tanh(s / cap)"),
+        _axis("alibi", Flag(), "alibi", "bias of slope * (key position - query position)"),
+        _axis("sinks", Flag(), "sinks", "one more logit per head in the softmax denominator"),
+        _axis("num_splits", Number(1, optional=True), "splits", "split-KV parts; none: the path without split-KV"),
+        _axis("placement", PlacementValue(), "", "which physical pages a sequence gets"),
+        _axis("rows", RowsValue(), "", "the batch: a row mix, by name or in place"),
+        _axis("data", Choice(DATA_LAWS), "", "how q, k and v are drawn"),
+        _axis("geometry_seed", Number(0), "g", "seed of drawn lengths and of placement"),
+        _axis("data_seed", Number(0), "s", "seed of values; `seed` for short"),
+    )
+}
+ALIASES: Mapping[str, str] = {"seed": "data_seed"}
+
+
+def axis_name(key: str) -> str:
+    """The axis a key means: itself, or what it is an alias of."""
+    return ALIASES.get(key, key)
+
+
+def case_id(case: Case) -> str:
+    """`<matrix>-<kernel>-<fragments>`: axes in the order of AXES, those at their default left out.
+
+    Rows and placements appear by name; characters are letters, digits, '_', '.' and '-'. Leaving defaults out keeps
+    ids, and the history and expectations keyed on them, when an axis is added.
+    """
+    parts = [case.matrix]
+    for axis in AXES.values():
+        value = getattr(case, axis.name)
+        if not axis.required and value == axis.default:
+            continue
+        parts.append(axis.fragment if isinstance(value, bool) else f"{axis.fragment}{_spell(value)}")
+    return "-".join(parts)
+
+
+def _spell(value: object) -> str:
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() and value < 1e15 else repr(value).replace("+", "")
+    return str(getattr(value, "name", value))

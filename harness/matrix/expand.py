@@ -1,0 +1,261 @@
+"""From a Matrix to cases: products, covers and lists, under the constraints that are written and those implied.
+
+Implied constraints: gqa_ratio divides num_q_heads, and a row mix has a meaning for the page size and window at hand.
+Within products they leave combinations out, as written constraints do; a value that never meets them, or a list entry
+that does not, is a mistake.
+
+Invariant: equal matrices and contracts give equal cases in equal order; every case knows the line that asked for it;
+what a cover leaves out is proved impossible, by constraint or by contract.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from harness.case import Case, Rows
+from harness.matrix.axes import AXES, case_id
+from harness.matrix.cover import Constraint, CoverError, Model, check, cover
+from harness.matrix.matrix import Matrix, Rule, Supported, Tier, Values
+from harness.matrix.rows import ROWS_AXES, RowMix
+from harness.matrix.source import Mistake, Span
+
+_NO_ROWS = (1,), (16,)  # stands in where a batch is not known yet or does not matter
+_COUPLED = (frozenset({"head_size", "head_size_v"}), ROWS_AXES)  # axes that one clause of a contract looks at together
+_TUPLES = {0: "values", 1: "values", 2: "pairs", 3: "triples"}
+_CANDIDATES = {0: 1, 1: 1, 2: 12, 3: 4}  # tries per row of a cover: small tiers are worth squeezing
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How well a tier covers: t-tuples that are possible, that its cases contain, and why others are not possible."""
+
+    t: int
+    feasible: int
+    covered: int
+    excluded_by_constraint: int
+    excluded_by_contract: int
+
+    def describe(self) -> str:
+        """For summaries: "pairs 100 %"; never rounded up."""
+        share = 100 if self.covered == self.feasible else min(int(100 * self.covered / self.feasible), 99)
+        return f"{_TUPLES[self.t]} {share} %"
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """The cases of one tier. `lines[i]` is where cases[i] was asked for; coverage is None for lists and products."""
+
+    matrix: Matrix
+    tier: str
+    cases: tuple[Case, ...] = ()
+    lines: tuple[int, ...] = ()
+    coverage: Coverage | None = None
+
+    def describe(self) -> str:
+        """For summaries: what the selection promises."""
+        if self.coverage is not None:
+            return self.coverage.describe()
+        tier = self.matrix.tiers.get(self.tier)
+        return "all" if tier is not None and tier.full else "listed"
+
+
+def assemble(name: str, assignment: Mapping[str, Any]) -> Case | None:
+    """The case of an assignment; axes it does not hold are at their default. None where its rows have no meaning."""
+    values = {axis.name: axis.default for axis in AXES.values()} | {"kernel": ""} | dict(assignment)
+    mix = values.pop("rows")
+    rows: Rows | None = Rows("", *_NO_ROWS)
+    if isinstance(mix, RowMix):
+        if assignment.keys() >= ROWS_AXES:
+            rows = mix.resolve(values["page_size"], values["sliding_window"], values["geometry_seed"])
+        else:
+            rows = Rows(mix.name, *_NO_ROWS)  # the name is all that a constraint on fewer axes can ask for
+    return None if rows is None else Case(matrix=name, rows=rows, **values)
+
+
+def expand(matrix: Matrix, tier_name: str, supported: Supported) -> Expansion:
+    """See Matrix.expand."""
+    tier = matrix.tiers.get(tier_name)
+    if tier is None:
+        return Expansion(matrix, tier_name)
+    found: dict[Case, int] = {}
+    coverage = None
+    if tier.cover is not None:
+        coverage = _expand_cover(matrix, tier, supported, found)
+    elif tier.full:
+        for case in _cases(matrix, tier_values(matrix, tier)):
+            found.setdefault(case, tier.span.line)
+    for entry in tier.entries:
+        for case in _cases(matrix, entry_values(matrix, tier, entry.values)):
+            found.setdefault(case, entry.span.line)
+    if not found:
+        what = f"tier '{tier.name}' selects no case: the contracts of {', '.join(matrix.kernels)} admit none"
+        _fail(matrix, Mistake(tier.span, what))
+    if len({case_id(case) for case in found}) != len(found):
+        raise AssertionError(f"{matrix.path}: two cases of tier '{tier.name}' share an id")
+    return Expansion(matrix, tier.name, tuple(found), tuple(found.values()), coverage)
+
+
+def tier_values(matrix: Matrix, tier: Tier) -> Values:
+    """The values of every axis in `tier`, in the order of AXES, axes that only have their default included."""
+    given = {**matrix.values, **(tier.shrink or {})}
+    return {name: given.get(name, (axis.default,)) for name, axis in AXES.items()}
+
+
+def entry_values(matrix: Matrix, tier: Tier, entry: Values) -> Values:
+    """The values of an entry of `list` or `also`: what it says; else all kernels; else the axis's first value."""
+    plain = {name: values if name == "kernel" else values[:1] for name, values in tier_values(matrix, tier).items()}
+    return {**plain, **entry}
+
+
+def constraints(name: str, rules: Iterable[Rule]) -> list[Constraint]:
+    """The implied constraints and those of `rules`, over axis values."""
+
+    def divides(values: Mapping[str, Any]) -> bool:
+        return bool(values["num_q_heads"] % values["gqa_ratio"] == 0)
+
+    def rows_resolve(values: Mapping[str, Any]) -> bool:
+        return assemble(name, values) is not None
+
+    implied = [Constraint(frozenset({"num_q_heads", "gqa_ratio"}), divides), Constraint(ROWS_AXES, rows_resolve)]
+    return implied + [_rule_constraint(name, rule) for rule in rules]
+
+
+def _rule_constraint(name: str, rule: Rule) -> Constraint:
+    def holds(values: Mapping[str, Any]) -> bool:
+        case = assemble(name, values)
+        return case is None or rule.where.evaluate(case)  # rows without a meaning are ruled out by what is implied
+
+    return Constraint(rule.where.axes, holds)
+
+
+def check_tier(matrix: Matrix, tier: Tier) -> Iterator[Mistake]:
+    """What is wrong with the combinations of `tier`, contracts aside."""
+    if tier.cover is not None or tier.full:
+        where = f"tier '{tier.name}'"
+        yield from _check_values(matrix, tier_values(matrix, tier), tier.span, where)
+    for entry in tier.entries:
+        yield from _check_values(matrix, entry_values(matrix, tier, entry.values), entry.span, "this entry")
+
+
+def _check_values(matrix: Matrix, values: Values, span: Span, where: str) -> Iterator[Mistake]:
+    """One mistake at most per axis and per rule: the narrower the reason, the better."""
+    if not values["rows"][0]:
+        yield Mistake(span, f"{where} has no rows: give the axis 'rows' a row mix")
+        return
+    before = 0
+    for mistake in _never(matrix, values, span, where):
+        before += 1
+        yield mistake
+    if before:
+        return
+    for rule in matrix.rules:
+        if Model(values, constraints(matrix.name, [rule])).possible() is None:
+            yield Mistake(rule.span, f"constraint '{rule.where.text}' excludes every case of {_place(where, span)}")
+            return
+    if Model(values, constraints(matrix.name, matrix.rules)).possible() is None:
+        yield Mistake(span, f"{where} selects no case: the constraints together exclude every combination")
+
+
+def _never(matrix: Matrix, values: Values, span: Span, where: str) -> Iterator[Mistake]:
+    """Values that meet an implied constraint in no combination."""
+    heads = values["num_q_heads"]
+    for ratio in values["gqa_ratio"]:
+        if all(head % ratio for head in heads):
+            place = matrix.spans[("gqa_ratio", ratio)] if ("gqa_ratio", ratio) in matrix.spans else span
+            many = ", ".join(str(head) for head in heads)
+            yield Mistake(place, f"gqa_ratio {ratio} does not divide num_q_heads {many} of {_place(where, span)}")
+    for mix in values["rows"]:
+        axes = {**{name: values[name] for name in ROWS_AXES}, "rows": (mix,)}
+        if Model(axes, constraints(matrix.name, ())[1:]).possible() is None:
+            pages, windows = (
+                ", ".join("none" if v is None else str(v) for v in values[name])
+                for name in ("page_size", "sliding_window")
+            )
+            what = f"row mix '{mix.name}' has no valid lengths for page_size {pages} and sliding_window {windows}"
+            yield Mistake(span, f"{what} of {where}")
+
+
+def _place(where: str, span: Span) -> str:
+    return where if where.startswith("tier") else f"the entry on line {span.line}"
+
+
+def _cases(matrix: Matrix, values: Values) -> Iterator[Case]:
+    """The product of `values` less what constraints exclude, in order."""
+    rules = constraints(matrix.name, matrix.rules)
+    model = Model(values, rules)
+    names = tuple(values)
+    for row in product(*(range(len(values[name])) for name in names)):
+        if model.allows(row, range(len(names))):
+            case = assemble(matrix.name, model.assignment(row))
+            assert case is not None  # an implied constraint
+            yield case
+
+
+def _expand_cover(matrix: Matrix, tier: Tier, supported: Supported, found: dict[Case, int]) -> Coverage:
+    values = tier_values(matrix, tier)
+    written = constraints(matrix.name, matrix.rules)
+    model = Model(values, [*written, *contract_constraints(matrix.name, values, supported)])
+    assert tier.cover is not None
+    try:
+        rows = cover(model, tier.cover, candidates=_CANDIDATES[tier.cover])
+        report = check(model, rows, tier.cover)
+        without_contracts = Model(values, written)
+        by_constraint = sum(without_contracts.possible(pairs) is None for pairs in report.impossible)
+    except CoverError as error:
+        raise _error(matrix, Mistake(tier.span, f"tier '{tier.name}': {error}")) from None
+    for row in sorted(rows):
+        case = assemble(matrix.name, model.assignment(row))
+        assert case is not None  # an implied constraint
+        found.setdefault(case, tier.span.line)
+    by_contract = len(report.impossible) - by_constraint
+    return Coverage(report.t, report.feasible, report.covered, by_constraint, by_contract)
+
+
+def contract_constraints(name: str, values: Values, supported: Supported) -> list[Constraint]:
+    """What the contracts of the kernels say about `values`.
+
+    The last constraint is the contract itself, on whole cases. The others only speed up proofs: a contract is a list
+    of clauses on one axis each (or on the axes of _COUPLED together), so a value that is outside of it in an otherwise
+    admitted case is outside of it in every case.
+    """
+
+    def admitted(assignment: Mapping[str, Any]) -> bool:
+        case = assemble(name, assignment)
+        return case is None or supported(case) is None
+
+    groups = [frozenset({axis}) for axis in values if axis not in ("kernel", "rows", "head_size_v")]
+    bases = {kernel: _admitted_case(kernel, values, admitted) for kernel in values["kernel"]}
+
+    def clause(group: frozenset[str]) -> Constraint:
+        def holds(assignment: Mapping[str, Any]) -> bool:
+            base = bases[assignment["kernel"]]
+            return base is None or admitted({**base, **{axis: assignment[axis] for axis in group}})
+
+        return Constraint(group | {"kernel"}, holds)
+
+    return [*(clause(group) for group in (*groups, *_COUPLED)), Constraint(frozenset(values), admitted)]
+
+
+def _admitted_case(kernel: str, values: Values, admitted: Any) -> dict[str, Any] | None:  # noqa: ANN401
+    """Some assignment that the contract of `kernel` admits: the plainest, else one drawn from `values`."""
+    plain = {axis.name: axis.default for axis in AXES.values()} | {"kernel": kernel}
+    rng = random.Random(0)
+    for attempt in range(2000):
+        drawn = {axis: rng.choice((plain[axis], *values[axis])) for axis in values if axis not in ("kernel", "rows")}
+        candidate = plain | drawn if attempt else plain
+        if admitted(candidate):
+            return candidate
+    return None
+
+
+def _error(matrix: Matrix, mistake: Mistake) -> Exception:
+    matrix.source.add(mistake)
+    return matrix.source.error()
+
+
+def _fail(matrix: Matrix, mistake: Mistake) -> None:
+    raise _error(matrix, mistake)
