@@ -97,7 +97,7 @@ def test_moments_agree_for_every_rounding(rounding: Rounding) -> None:
     got, want = attend(inputs, rounding), naive_attention(inputs, rounding)
     for name in MOMENTS:
         assert_equal(name, getattr(got, name), getattr(want, name))
-    assert bool((got.flush_sum > 0).any()) == (rounding.half_subnormal > 2.0**-20)
+    assert bool((got.flush_sum > 0).any()) == (rounding.half_subnormal > 0)
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS.values(), ids=ROUNDINGS.keys())
@@ -148,8 +148,8 @@ def test_one_key_is_copied() -> None:
 def test_keys_given_twice_add_ln_2() -> None:
     inputs = make_inputs((2, 1), (9, 4), causal=False)
     once = attend(inputs, ROUNDINGS["bf16"])
-    k = torch.cat([piece for piece in inputs.k.split(inputs.seq_lens) for _ in range(2)])
-    v = torch.cat([piece for piece in inputs.v.split(inputs.seq_lens) for _ in range(2)])
+    k = torch.cat([piece for piece in torch.split(inputs.k, inputs.seq_lens) for _ in range(2)])
+    v = torch.cat([piece for piece in torch.split(inputs.v, inputs.seq_lens) for _ in range(2)])
     twice = attend(replace(inputs, k=k, v=v, seq_lens=(18, 8)), ROUNDINGS["bf16"])
     assert_equal("out", twice.out, once.out)
     assert_equal("lse", twice.lse, once.lse + math.log(2))
