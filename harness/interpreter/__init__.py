@@ -1,0 +1,50 @@
+"""Triton's interpreter made strict: what a kernel does on a CPU here is what it would do on a GPU, checked more closely.
+
+Invariant: importing this package imports neither torch nor triton, so that `prepare` can run before both. The context
+manager is `harness.interpreter.strict.strict_interpreter`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+
+from harness.interpreter.errors import InterpreterNotReady, InterpreterUnsupported
+
+_VARIABLE = "TRITON_INTERPRET"  # Triton's own switch, read when a kernel is decorated
+
+
+def prepare(device: str) -> None:
+    """Make Triton interpret kernels on `device` "cpu" and compile them on any other.
+
+    Call before triton is imported: Triton decides when a kernel, its own library included, is decorated.
+    Raises InterpreterUnsupported where triton is not installed, InterpreterNotReady where it was imported the other way.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise InterpreterUnsupported("triton is not installed: pip install triton")
+    interpret = device.split(":")[0] == "cpu"
+    imported = imported_interpreted()
+    if imported is not None and imported is not interpret:
+        ways = ("to compile kernels", "to interpret kernels")
+        raise InterpreterNotReady(
+            f"triton was imported {ways[imported]} before device '{device}' was chosen, which needs it {ways[interpret]}: "
+            "start a new process, and choose the device before anything imports triton"
+        )
+    if interpret:
+        os.environ[_VARIABLE] = "1"
+    else:
+        os.environ.pop(_VARIABLE, None)
+
+
+def enable() -> None:
+    """`prepare("cpu")`."""
+    prepare("cpu")
+
+
+def imported_interpreted() -> bool | None:
+    """Whether the triton already imported interprets kernels; None where it is not imported yet."""
+    library = sys.modules.get("triton.language.standard")
+    if library is None:
+        return None
+    return type(library.sum).__name__ == "InterpretedFunction"
