@@ -1,7 +1,7 @@
 """The block of one record that is not a plain PASS: what is wrong, where, how much, how to run it again.
 
-Invariant: every row of the explanation is printed, none is computed here; the Reproduce line is never wrapped, so that it
-can be copied.
+Invariant: every row of the explanation is printed, none is computed here; the Reproduce line is never wrapped, so
+that it can be copied.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from harness.report.lines import INDENT, WIDTH, Line, Span, labelled, line
+from harness.report.lines import INDENT, LABEL_WIDTH, WIDTH, Line, Span, labelled, line
 from harness.run.outcome import Outcome
 from harness.store.record import Record
 
@@ -104,7 +104,7 @@ def _heat(strips: Sequence[Mapping[str, Any]]) -> list[Line]:
     for i, strip in enumerate(strips):
         cells = "".join(_shade(fraction) for fraction in strip["fractions"])
         scale = "" if strip["per_cell"] == 1 else f" ({strip['per_cell']} per cell)"
-        margin = INDENT + ("heat" if i == 0 else "").ljust(13)
+        margin = INDENT + ("heat" if i == 0 else "").ljust(LABEL_WIDTH)
         lines.append(line(Span(margin, "dim"), f"{strip['axis'] + 's':<7}", Span(cells, "red"), Span(scale, "dim")))
     return lines
 

@@ -27,7 +27,7 @@ WORDS: dict[Outcome, tuple[str, str]] = {  # outcome -> (one, many), in the orde
     Outcome.OUT_OF_MEMORY: ("out of memory", "out of memory"),
     Outcome.NONDETERMINISTIC: ("nondeterministic", "nondeterministic"),
     Outcome.ERROR: ("harness error", "harness errors"),
-    Outcome.XPASS: ("passed against expectation", "passed against expectation"),
+    Outcome.XPASS: ("against expectation", "against expectation"),
     Outcome.PASS: ("passed", "passed"),
     Outcome.XFAIL: ("failed as expected", "failed as expected"),
     Outcome.UNSUPPORTED: ("unsupported", "unsupported"),
@@ -59,7 +59,7 @@ def summary_lines(
 
 
 def failures_lines(records: Sequence[Record], max_blocks: int = MAX_BLOCKS, width: int = WIDTH) -> list[Line]:
-    """A block per distinct failure, the ids of those like it below; behind `max_blocks` of them one line per failure."""
+    """A block per distinct failure, the ids of those like it below; after `max_blocks` blocks a line per failure."""
     groups = group_failures(records)
     lines: list[Line] = []
     for group in groups[:max_blocks]:

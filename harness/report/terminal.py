@@ -1,4 +1,4 @@
-"""The coloured terminal: styled lines as rich text. Invariant: without colour it prints exactly what plain.py returns."""
+"""The coloured terminal: styled lines as rich text. Invariant: its characters are those that plain.py returns."""
 
 from __future__ import annotations
 
