@@ -1,0 +1,126 @@
+"""The KV cache a kernel is handed: filled, quantised, placed, laid out, poisoned.
+
+Invariant: the cache holds exactly the tokens its content class demands; everything else in its storage is poison. The
+two parameters that break this, `cached_lens` and `poison`, exist to plant set-up faults that harness.cache.verify finds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from harness.cache.content import Content, is_decode
+from harness.cache.layouts import allocate, as_stored, by_slot, cache_shape
+from harness.cache.placement import Placed, page_table, place
+from harness.cache.poison import poison_bits, poisoned, tail_bits
+from harness.cache.positions import key_positions, new_token_keys
+from harness.cache.quantise import bits_of, quantise
+from harness.dtypes import element_type
+from harness.problem.problem import Problem
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """What is handed over, and what it is meant to hold (see harness.cache.layouts for the shapes of k and v)."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    block_table: torch.Tensor  # [num_seqs, max_pages] int32
+    seq_lens: torch.Tensor  # [num_seqs] int32
+    query_start_loc: torch.Tensor  # [num_seqs + 1] int32
+    k_scale: torch.Tensor  # [1] float32
+    v_scale: torch.Tensor  # [1] float32
+    cached_lens: tuple[int, ...]  # leading tokens of each sequence that were stored
+    pages: tuple[tuple[int, ...], ...]  # physical pages of each sequence, in order
+    num_pages: int
+    page_size: int
+    key_payload: torch.Tensor  # [num_keys, num_kv_heads, head_size] in the stored dtype, packed by sequence
+    value_payload: torch.Tensor  # [num_keys, num_kv_heads, head_size_v]
+    new_k: torch.Tensor | None  # [num_tokens, num_kv_heads, head_size] in the dtype of the case; None for content `all`
+    new_v: torch.Tensor | None  # [num_tokens, num_kv_heads, head_size_v]
+
+
+def build_cache(
+    problem: Problem, content: Content, *, cached_lens: Sequence[int] | None = None, poison: float = math.nan
+) -> KVCache:
+    """The cache of `problem` for a kernel of class `content`, on the device of the problem.
+
+    `cached_lens` (default: what `content` demands) and `poison` plant set-up faults. Raises PlacementError.
+    """
+    case, device = problem.case, problem.q.device
+    stored, placed = element_type(case.stored_dtype), place(case)
+    if cached_lens is None:
+        cached_lens = demanded_lens(problem, content)
+    payloads = {
+        "k": quantise(problem.k, problem.k_scale, stored),
+        "v": quantise(problem.v, problem.v_scale, stored),
+    }
+    caches = {name: _fill(problem, name, payloads[name], placed, cached_lens, poison) for name in payloads}
+    query_start = [0]
+    for query_len in case.rows.query_lens:
+        query_start.append(query_start[-1] + query_len)
+    return KVCache(
+        k=caches["k"],
+        v=caches["v"],
+        block_table=page_table(placed, case.table_padding, device),
+        seq_lens=torch.tensor(case.rows.seq_lens, dtype=torch.int32, device=device),
+        query_start_loc=torch.tensor(query_start, dtype=torch.int32, device=device),
+        k_scale=torch.tensor([problem.k_scale], dtype=torch.float32, device=device),
+        v_scale=torch.tensor([problem.v_scale], dtype=torch.float32, device=device),
+        cached_lens=tuple(cached_lens),
+        pages=placed.pages,
+        num_pages=placed.num_pages,
+        page_size=case.page_size,
+        key_payload=payloads["k"],
+        value_payload=payloads["v"],
+        new_k=_new_tokens(problem, problem.k, content) if content.takes_new_tokens else None,
+        new_v=_new_tokens(problem, problem.v, content) if content.takes_new_tokens else None,
+    )
+
+
+def demanded_lens(problem: Problem, content: Content) -> tuple[int, ...]:
+    """Leading tokens of each sequence that a kernel of class `content` finds in the cache."""
+    rows = problem.case.rows
+    return tuple(content.cached_len(q, c) for q, c in zip(rows.query_lens, rows.context_lens, strict=True))
+
+
+def _fill(
+    problem: Problem, which: str, payload: torch.Tensor, placed: Placed, cached_lens: Sequence[int], poison: float
+) -> torch.Tensor:
+    """The pool of K or V; `payload` [num_keys, heads, dim]."""
+    case, device = problem.case, payload.device
+    stored, page_size = element_type(case.stored_dtype), case.page_size
+    shape = cache_shape(case.layout, which, placed.num_pages, page_size, *payload.shape[1:], stored.size)
+    strided = case.strides != "compact"
+    cache = allocate(case.layout, which, shape, stored, poison_bits(stored, poison), strided, device)
+    slots = bits_of(by_slot(cache, case.layout))  # [pages, page_size, heads, ...]
+    flat_pages = torch.tensor([page for pages in placed.pages for page in pages], dtype=torch.int64, device=device)
+    slots[flat_pages] = tail_bits(stored, case.tail, poison)
+    first_page = torch.tensor([len(pages) for pages in placed.pages], device=device)
+    first_page = first_page.cumsum(0) - first_page  # [num_seqs]
+    keys = key_positions(case.rows, device)
+    live = keys.below(cached_lens).nonzero()[:, 0]  # packed keys
+    seq, pos = keys.seq[live], keys.pos[live]
+    page = flat_pages[first_page[seq] + pos // page_size]
+    slots[page, pos % page_size] = as_stored(bits_of(payload)[live], slots)
+    return cache
+
+
+def _new_tokens(problem: Problem, values: torch.Tensor, content: Content) -> torch.Tensor:
+    """New tokens out of `values` [num_keys, heads, dim] in the dtype of the case: [num_tokens, heads, dim].
+
+    Poison where a kernel must not look: tokens before the first key, and decode rows that are read from the cache.
+    """
+    case = problem.case
+    key, pos = new_token_keys(case.rows, values.device)
+    argument = pos >= 0
+    if content is Content.BY_PHASE:
+        query_lens = torch.tensor(case.rows.query_lens, device=values.device)
+        decode = torch.tensor([is_decode(q) for q in case.rows.query_lens], device=values.device)
+        argument &= ~torch.repeat_interleave(decode, query_lens)
+    new = poisoned((case.rows.num_tokens, *values.shape[1:]), element_type(case.dtype), values.device)
+    new[argument] = values[key[argument]]
+    return new

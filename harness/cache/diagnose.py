@@ -1,0 +1,56 @@
+"""What a wrong slot of a cache holds, in words: poison, zero, another token, the other tensor, an unscaled value.
+
+Invariant: words only; that the slot is wrong is already known.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from harness.cache.build import KVCache
+from harness.cache.poison import POISON_BITS
+from harness.cache.quantise import bits_of, quantise
+from harness.dtypes import element_type
+from harness.problem.problem import Problem
+
+
+def describe_value(value: float) -> str:
+    return "poison" if math.isnan(value) else f"{value:g}"
+
+
+def describe_slot(
+    problem: Problem, cache: KVCache, which: str, seq: int, pos: int, demanded: int, found: torch.Tensor
+) -> str:
+    """What the slot of (`seq`, `pos`) holds, given its payload `found` [heads, dim]; `demanded` tokens belong there."""
+    bits = bits_of(found)
+    own, other = (cache.key_payload, cache.value_payload) if which == "k" else (cache.value_payload, cache.key_payload)
+    values, other_name = (problem.k, "v") if which == "k" else (problem.v, "k")
+    key = problem.key_start[seq] + pos
+    if bool((bits == POISON_BITS).all()):
+        return f"position {pos} is poison"
+    if not bool(bits.any()):
+        return f"position {pos} is zero"
+    if pos < demanded and bool((bits_of(quantise(values[key], 1.0, element_type(problem.case.stored_dtype))) == bits).all()):
+        return f"position {pos} holds its value without the descale"
+    for payload, name in ((own, ""), (other, f"{other_name} of ")):
+        token = _find(payload, bits)
+        if token is not None:
+            holder = max(i for i, start in enumerate(problem.key_start[:-1]) if start <= token)
+            at = token - problem.key_start[holder]
+            return f"position {pos} holds {name}the token of sequence {holder}, position {at}"
+    if pos >= demanded:
+        return f"position {pos}, which nothing may be read from, holds {describe_value(float(found.flatten()[0]))}"
+    wrong = bits != bits_of(own)[key]
+    head, dim = wrong.nonzero()[0].tolist()
+    got, want = float(found[head, dim]), float(own[key, head, dim])
+    return f"position {pos}, head {head}, dim {dim} holds {describe_value(got)} instead of {want:g}"
+
+
+def _find(payload: torch.Tensor, bits: torch.Tensor) -> int | None:
+    """The first packed key whose payload [num_keys, heads, dim] has these `bits` [heads, dim]."""
+    if payload.shape[1:] != bits.shape:
+        return None
+    same = (bits_of(payload) == bits).flatten(1).all(dim=1).nonzero()
+    return int(same[0]) if len(same) else None

@@ -1,0 +1,31 @@
+"""Between values and the payload a cache stores: payload = value / scale, value = payload * scale.
+
+Invariant: a cache in the dtype of the case (scale 1) stores the very bits of the value; an fp8 cache stores the nearest
+number, ties to even, and the largest one where the value lies beyond.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from harness.dtypes import ElementType
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+
+
+def quantise(values: torch.Tensor, scale: float, stored: ElementType) -> torch.Tensor:
+    """Payload of `values`: `stored` dtype, same shape. The division is in float32."""
+    if values.dtype == stored.torch:
+        return values
+    divisor = torch.full_like(values, scale, dtype=torch.float32)  # a tensor: a number may become its reciprocal
+    return (values.to(torch.float32) / divisor).clamp(-stored.largest, stored.largest).to(stored.torch)
+
+
+def dequantise(payload: torch.Tensor, scale: float) -> torch.Tensor:
+    """float32 values of `payload`, same shape: one float32 product each."""
+    return payload.to(torch.float32) * scale
+
+
+def bits_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as integers, so that NaNs compare and fp8 can be indexed: same shape and strides."""
+    return tensor.view(_BITS[tensor.element_size()])

@@ -1,0 +1,231 @@
+"""The cache proves itself: every slot of every page is read back before a kernel sees it.
+
+Invariant: nothing here uses the builder's views. Addresses follow from the layout's formula, the strides of the tensors
+and the block table, in int64, as a kernel computes them. What is verified: the cache holds exactly the tokens that the
+content class demands, bit for bit; every other element of the storage, stride gaps included, is poison; new tokens are
+handed over where, and only where, the contract takes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from harness.cache.build import KVCache
+from harness.cache.content import Content, is_decode, phase
+from harness.cache.diagnose import describe_slot, describe_value
+from harness.cache.poison import POISON_BITS, tail_bits
+from harness.cache.quantise import bits_of
+from harness.dtypes import element_type
+from harness.errors import SetupBug
+from harness.problem.problem import Problem
+
+_CHUNK = 1 << 24  # elements at a time
+
+
+def verify_cache(problem: Problem, cache: KVCache, content: Content) -> None:
+    """Raise SetupBug for the first thing in `cache` that a kernel of class `content` must not be handed."""
+    for which in ("k", "v"):
+        verify_payload(problem, cache, which)
+        _verify_scale(problem, cache, which)
+        _verify_pool(problem, cache, content, which)
+        _verify_new_tokens(problem, cache, content, which)
+
+
+@dataclass(frozen=True)
+class Address:
+    """Element offsets in the storage of one cache tensor, by meaning; `vector` is x of vllm_classic K, else 1."""
+
+    origin: int
+    page: int
+    slot: int
+    inner: torch.Tensor  # [heads * dim] int64: offset of (head, dim)
+
+    def offsets(self, page: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+        """int64 [n, heads * dim] for `page`, `slot` [n]."""
+        return (self.origin + page.to(torch.int64) * self.page + slot.to(torch.int64) * self.slot)[:, None] + self.inner
+
+
+def address(tensor: torch.Tensor, layout: str, which: str, heads: int, dim: int) -> Address:
+    """Offset of (page, slot, head, dim): page, slot and head by their strides, dim as (dim // x, dim % x)."""
+    s = tensor.stride()
+    if layout == "linear_nhd":
+        page, slot, head, block, lane, vector = s[0], s[1], s[2], s[3], 0, 1
+    elif which == "k":
+        page, head, block, slot, lane, vector = *s, tensor.shape[4]
+    else:
+        page, head, block, slot, lane, vector = *s, 0, 1
+    d = torch.arange(dim, device=tensor.device)
+    inner = torch.arange(heads, device=tensor.device)[:, None] * head + d // vector * block + d % vector * lane
+    return Address(tensor.storage_offset(), page, slot, inner.flatten())
+
+
+def verify_payload(problem: Problem, cache: KVCache, which: str) -> None:
+    """Payloads are their values: the same bits without quantisation, else within half a step of the stored type."""
+    case, stored = problem.case, element_type(problem.case.stored_dtype)
+    values, payload, scale = _of(problem, cache, which)
+    step = max(1, _CHUNK // max(payload[:1].numel(), 1))
+    for start in range(0, len(values), step):
+        value, got = values[start : start + step], payload[start : start + step]
+        if case.kv_dtype == "auto":
+            wrong = bits_of(value) != bits_of(got)
+        else:
+            exact = value.to(torch.float64)
+            limit = stored.largest * scale
+            allowed = stored.unit_roundoff * exact.abs() + stored.half_subnormal * scale
+            wrong = (got.to(torch.float64) * scale - exact.clamp(-limit, limit)).abs() > allowed * (1 + 2.0**-20)
+            wrong |= got.to(torch.float32).isnan()
+        if bool(wrong.any()):
+            key, head, dim = wrong.nonzero()[0].tolist()
+            seq, pos = _locate(problem, start + key)
+            raise SetupBug(
+                f"{which}_cache",
+                f"{float(value[key, head, dim]):g} at sequence {seq}, position {pos}, head {head}, dim {dim}, "
+                f"stored as {stored.name} at descale {scale:g}",
+                f"payload {float(got[key, head, dim]):g}",
+                "payload = value / descale",
+            )
+
+
+def _verify_scale(problem: Problem, cache: KVCache, which: str) -> None:
+    expected, got = (problem.k_scale, cache.k_scale) if which == "k" else (problem.v_scale, cache.v_scale)
+    if float(got) != expected:
+        raise SetupBug(f"{which}_scale", f"{expected:g}, which the cache was quantised with", f"{float(got):g}")
+
+
+def _verify_pool(problem: Problem, cache: KVCache, content: Content, which: str) -> None:
+    case = problem.case
+    tensor = cache.k if which == "k" else cache.v
+    _, payload, _ = _of(problem, cache, which)
+    heads, dim = payload.shape[1:]
+    where = address(tensor, case.layout, which, heads, dim)
+    flat = bits_of(tensor).as_strided((tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
+    untouched = torch.ones(len(flat), dtype=torch.bool, device=flat.device)
+    tail = tail_bits(element_type(case.stored_dtype), case.tail)
+    for part in _slots_in_use(problem, cache, content, max(1, _CHUNK // (heads * dim))):
+        offsets = where.offsets(part.page, part.slot)  # [n, heads * dim]
+        untouched[offsets] = False
+        got, want = flat[offsets], torch.full_like(offsets, tail, dtype=flat.dtype)
+        live = part.key >= 0
+        want[live] = bits_of(payload).flatten(1)[part.key[live]]
+        if bool((got != want).any()):
+            index = int((got != want).any(dim=1).nonzero()[0])
+            found = got[index].view(heads, dim).view(payload.dtype)
+            _raise_slot(problem, cache, content, which, part, index, found)
+    stray = (flat != POISON_BITS) & untouched
+    if bool(stray.any()):
+        _raise_stray(cache, which, tensor, where, flat, int(stray.nonzero()[0]))
+
+
+@dataclass(frozen=True)
+class _Slots:
+    """Some slots of the pages in use, one by one; `key` is the packed key a slot must hold, -1 for none."""
+
+    seq: torch.Tensor  # [n]
+    pos: torch.Tensor  # [n] position in the sequence that the slot stands for
+    page: torch.Tensor  # [n]
+    slot: torch.Tensor  # [n]
+    key: torch.Tensor  # [n]
+
+
+def _slots_in_use(problem: Problem, cache: KVCache, content: Content, count: int) -> list[_Slots]:
+    """Every slot that the block table gives a sequence, at most `count` at a time."""
+    rows, device, page_size = problem.case.rows, cache.k.device, problem.case.page_size
+    parts = []
+    for seq, (query_len, context_len) in enumerate(zip(rows.query_lens, rows.context_lens, strict=True)):
+        seq_len = max(query_len + context_len, 0)
+        pos = torch.arange(-(-seq_len // page_size) * page_size, device=device)
+        page = cache.block_table[seq, pos // page_size]
+        if len(page) and not bool(((page >= 0) & (page < cache.num_pages)).all()):
+            raise SetupBug("block_table", f"page ids in [0, {cache.num_pages}) for sequence {seq}", str(page.unique().tolist()))
+        demanded = content.cached_len(query_len, context_len)
+        key = torch.where(pos < demanded, problem.key_start[seq] + pos, -1)
+        whole = _Slots(torch.full_like(pos, seq), pos, page, pos % page_size, key)
+        parts.append(whole)
+    if not parts:
+        return []
+    joined = [torch.cat([getattr(part, name) for part in parts]) for name in ("seq", "pos", "page", "slot", "key")]
+    return [_Slots(*chunk) for chunk in zip(*(column.split(count) for column in joined), strict=True)]
+
+
+def _raise_slot(
+    problem: Problem, cache: KVCache, content: Content, which: str, part: _Slots, index: int, found: torch.Tensor
+) -> None:
+    """`found` [heads, dim] is what the slot holds instead."""
+    seq, pos = int(part.seq[index]), int(part.pos[index])
+    rows = problem.case.rows
+    query_len, context_len = rows.query_lens[seq], rows.context_lens[seq]
+    demanded = content.cached_len(query_len, context_len)
+    row = f"{phase(query_len)} row, sequence {seq}"
+    tokens = f"positions 0..{demanded - 1}" if demanded else "no tokens"
+    expected = f"{row}: {tokens} (content class {content.value}: {_why(content, query_len)})"
+    hint = "" if pos < demanded else "slots behind the cached tokens must not be read, and hold poison so that a read shows"
+    raise SetupBug(f"{which}_cache", expected, describe_slot(problem, cache, which, seq, pos, demanded, found), hint)
+
+
+def _why(content: Content, query_len: int) -> str:
+    if content is Content.ALL:
+        return "the cache is the only source of keys and values"
+    if content is Content.BY_PHASE and is_decode(query_len):
+        return "a decode kernel has no other source for the current token"
+    return "new tokens arrive as k and v arguments"
+
+
+def _raise_stray(
+    cache: KVCache, which: str, tensor: torch.Tensor, where: Address, flat: torch.Tensor, offset: int
+) -> None:
+    """An element outside all pages in use that is no poison."""
+    page = min((offset - where.origin) // where.page, cache.num_pages - 1)
+    slots = torch.arange(cache.page_size, device=flat.device)
+    hit = (where.offsets(torch.full_like(slots, page), slots) == offset).any(dim=1).nonzero()
+    kind = "the null page" if page == 0 else "unused"
+    place = f"page {page} ({kind}), slot {int(hit[0])}" if len(hit) else f"the stride gap in page {page}"
+    value = flat[offset : offset + 1].view(tensor.dtype)
+    raise SetupBug(
+        f"{which}_cache",
+        f"poison in {place}",
+        describe_value(float(value)),
+        "memory that no token owns must be poison: a finite value hides that it is read",
+    )
+
+
+def _verify_new_tokens(problem: Problem, cache: KVCache, content: Content, which: str) -> None:
+    rows, new = problem.case.rows, cache.new_k if which == "k" else cache.new_v
+    values = problem.k if which == "k" else problem.v
+    if not content.takes_new_tokens or new is None:
+        if (new is None) == content.takes_new_tokens:
+            raise SetupBug(which, f"what content class {content.value} takes", "None" if new is None else "a tensor")
+        return
+    token = 0
+    for seq, (query_len, context_len) in enumerate(zip(rows.query_lens, rows.context_lens, strict=True)):
+        in_cache = content.cached_len(query_len, context_len)
+        want = torch.full_like(bits_of(new[token : token + query_len]), POISON_BITS)  # [query_len, heads, dim]
+        first = max(in_cache, context_len, 0)  # position of the first token that is an argument
+        end = context_len + query_len
+        if first < end:
+            start = problem.key_start[seq]
+            want[first - context_len :] = bits_of(values[start + first : start + end])
+        wrong = (bits_of(new[token : token + query_len]) != want).flatten(1).any(dim=1)
+        if bool(wrong.any()):
+            at = int(wrong.nonzero()[0])
+            is_argument = first <= context_len + at < end
+            expected = "its new token" if is_argument else "poison: a kernel must not take this token from here"
+            got = describe_value(float(new[token + at].flatten()[0]))
+            raise SetupBug(which, f"{phase(query_len)} row, sequence {seq}, token {at}: {expected}", got)
+        token += query_len
+
+
+def _of(problem: Problem, cache: KVCache, which: str) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Values and payload [num_keys, heads, dim] and the scale of K or V."""
+    if which == "k":
+        return problem.k, cache.key_payload, problem.k_scale
+    return problem.v, cache.value_payload, problem.v_scale
+
+
+def _locate(problem: Problem, key: int) -> tuple[int, int]:
+    """Sequence and position of a packed key."""
+    starts: Sequence[int] = problem.key_start
+    seq = max(i for i, start in enumerate(starts[:-1]) if start <= key)
+    return seq, key - starts[seq]
