@@ -12,14 +12,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import yaml
+from yaml import MappingNode, Node, SequenceNode
 
 from harness.case import Case, Placement
 from harness.matrix.expression import Kind
 from harness.matrix.rows import RowMix, check_name, parse_mix
 from harness.matrix.source import (
     Mistake,
-    Node,
     Source,
     describe,
     items,
@@ -141,7 +140,7 @@ class RowsValue:
     kind: Kind = "text"
 
     def parse(self, node: Node, name: str, vocabulary: Vocabulary) -> RowMix:
-        if not isinstance(node, yaml.MappingNode):
+        if not isinstance(node, MappingNode):
             word = text(node, name)
             if word not in vocabulary.mixes:
                 raise Mistake(span_of(node), f"unknown row mix '{word}'{suggestion(word, vocabulary.mixes)}")
@@ -163,7 +162,7 @@ class PlacementValue:
     kind: Kind = "text"
 
     def parse(self, node: Node, name: str, vocabulary: Vocabulary) -> Placement:
-        if not isinstance(node, yaml.MappingNode):
+        if not isinstance(node, MappingNode):
             word = one_of(text(node, name), PLACEMENTS, "placement", span_of(node))
             return Placement(word, word)
         label = _label(node, "an explicit placement", vocabulary.source)
@@ -213,7 +212,7 @@ class Axis:
 
     def parse(self, node: Node, vocabulary: Vocabulary) -> Any:  # noqa: ANN401 values differ by axis
         """The value at `node`, of the type of this axis. Raises Mistake."""
-        if isinstance(node, yaml.SequenceNode):
+        if isinstance(node, SequenceNode):
             raise Mistake(span_of(node), f"{self.name} is one value here, not {describe(node)}")
         return self.type.parse(node, self.name, vocabulary)
 

@@ -86,9 +86,8 @@ class Model:
             if len(key) < len(scope):
                 continue
             if key not in known:
-                known[key] = constraint.holds(
-                    {self.names[a]: self.values[a][v] for a, v in zip(scope, key, strict=True)}
-                )
+                chosen = zip(scope, key, strict=True)
+                known[key] = constraint.holds({self.names[axis]: self.values[axis][v] for axis, v in chosen})
             if not known[key]:
                 return False
         return True

@@ -1,6 +1,7 @@
 """From a Matrix to cases: products, covers and lists, under the constraints that are written and those implied.
 
-Implied constraints: gqa_ratio divides num_q_heads, and a row mix has a meaning for the page size and window at hand.
+Implied constraints: gqa_ratio divides num_q_heads; a row mix has a meaning for the page size and window at hand; the
+data law and the placement can keep their promise (harness.problem.admission).
 Within products they leave combinations out, as written constraints do; a value that never meets them, or a list entry
 that does not, is a mistake.
 
@@ -11,7 +12,7 @@ what a cover leaves out is proved impossible, by constraint or by contract.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -22,8 +23,12 @@ from harness.matrix.cover import Constraint, CoverError, Model, check, cover
 from harness.matrix.matrix import Matrix, Rule, Supported, Tier, Values
 from harness.matrix.rows import ROWS_AXES, RowMix
 from harness.matrix.source import Mistake, Span
+from harness.problem.admission import law_refusal, placement_refusal
 
 _NO_ROWS = (1,), (16,)  # stands in where a batch is not known yet or does not matter
+_HEADS = frozenset({"num_q_heads", "gqa_ratio"})
+_LAW_AXES = frozenset({"data", "logits_soft_cap", "alibi", "causal"})
+_PLACEMENT_AXES = ROWS_AXES | {"placement"}
 _COUPLED = (frozenset({"head_size", "head_size_v"}), ROWS_AXES)  # axes that one clause of a contract looks at together
 _TUPLES = {0: "values", 1: "values", 2: "pairs", 3: "triples"}
 _CANDIDATES = {0: 1, 1: 1, 2: 12, 3: 4}  # tries per row of a cover: small tiers are worth squeezing
@@ -120,8 +125,21 @@ def constraints(name: str, rules: Iterable[Rule]) -> list[Constraint]:
     def rows_resolve(values: Mapping[str, Any]) -> bool:
         return assemble(name, values) is not None
 
-    implied = [Constraint(frozenset({"num_q_heads", "gqa_ratio"}), divides), Constraint(ROWS_AXES, rows_resolve)]
+    implied = [
+        Constraint(_HEADS, divides),
+        Constraint(ROWS_AXES, rows_resolve),
+        Constraint(_LAW_AXES, _admits(name, law_refusal)),
+        Constraint(_PLACEMENT_AXES, _admits(name, placement_refusal)),
+    ]
     return implied + [_rule_constraint(name, rule) for rule in rules]
+
+
+def _admits(name: str, refusal: Callable[[Case], str | None]) -> Callable[[Mapping[str, Any]], bool]:
+    def holds(values: Mapping[str, Any]) -> bool:
+        case = assemble(name, values)
+        return case is None or refusal(case) is None
+
+    return holds
 
 
 def _rule_constraint(name: str, rule: Rule) -> Constraint:
@@ -165,18 +183,31 @@ def _never(matrix: Matrix, values: Values, span: Span, where: str) -> Iterator[M
     heads = values["num_q_heads"]
     for ratio in values["gqa_ratio"]:
         if all(head % ratio for head in heads):
-            place = matrix.spans[("gqa_ratio", ratio)] if ("gqa_ratio", ratio) in matrix.spans else span
+            place = matrix.spans.get(("gqa_ratio", ratio), span)
             many = ", ".join(str(head) for head in heads)
             yield Mistake(place, f"gqa_ratio {ratio} does not divide num_q_heads {many} of {_place(where, span)}")
     for mix in values["rows"]:
-        axes = {**{name: values[name] for name in ROWS_AXES}, "rows": (mix,)}
-        if Model(axes, constraints(matrix.name, ())[1:]).possible() is None:
+        if not any(assemble(matrix.name, chosen) for chosen in _products(values, ROWS_AXES, rows=mix)):
             pages, windows = (
                 ", ".join("none" if v is None else str(v) for v in values[name])
                 for name in ("page_size", "sliding_window")
             )
             what = f"row mix '{mix.name}' has no valid lengths for page_size {pages} and sliding_window {windows}"
-            yield Mistake(span, f"{what} of {where}")
+            yield Mistake(span, f"{what} of {_place(where, span)}")
+    for axis, axes, refusal in (("data", _LAW_AXES, law_refusal), ("placement", _PLACEMENT_AXES, placement_refusal)):
+        for value in values[axis]:
+            tried = (assemble(matrix.name, chosen) for chosen in _products(values, axes, **{axis: value}))
+            refusals = [refusal(case) for case in tried if case is not None]
+            if refusals and all(refusals):
+                place = matrix.spans.get((axis, value), span)
+                yield Mistake(place, f"{refusals[0]} (in every combination of {_place(where, span)})")
+
+
+def _products(values: Values, axes: frozenset[str], **given: object) -> Iterator[dict[str, Any]]:
+    """All combinations of `values` over `axes`, those of `given` held."""
+    names = sorted(axes)
+    for row in product(*((given[name],) if name in given else values[name] for name in names)):
+        yield dict(zip(names, row, strict=True))
 
 
 def _place(where: str, span: Span) -> str:

@@ -12,7 +12,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import yaml
+from yaml import MappingNode, Node, ScalarNode, SequenceNode
 
 from harness.matrix.axes import ALIASES, AXES, Vocabulary, axis_name
 from harness.matrix.expand import check_tier
@@ -22,7 +22,6 @@ from harness.matrix.matrix import FAULTS, TIERS, Entry, Matrix, Rule, Tier, Valu
 from harness.matrix.rows import SHARED_ROWS, RowMix, parse_mixes
 from harness.matrix.source import (
     Mistake,
-    Node,
     Source,
     Span,
     items,
@@ -182,7 +181,7 @@ class _Loader:
             with self.source.collect():
                 if axis in found:
                     raise Mistake(span_of(key), f"axis '{axis}' already has values above")
-                several = isinstance(node, yaml.SequenceNode)
+                several = isinstance(node, SequenceNode)
                 found[axis] = self._list_of(axis, node, f"{what}.{axis}") if several else (self._value(axis, node),)
         return found
 
@@ -193,7 +192,7 @@ class _Loader:
                     yield self._rule(node)
 
     def _rule(self, node: Node) -> Rule:
-        if not isinstance(node, yaml.MappingNode):
+        if not isinstance(node, MappingNode):
             return Rule(self._where(node), "", span_of(node))
         fields = self.source.entries(node, "a constraint")
         for mistake in unknown_keys(fields, ("require", "because"), "key of a constraint"):
@@ -231,7 +230,7 @@ class _Loader:
         return found
 
     def _tier(self, name: str, span: Span, node: Node) -> Tier:
-        if isinstance(node, yaml.ScalarNode):
+        if isinstance(node, ScalarNode):
             if node.value != "full":
                 raise Mistake(span_of(node), f"a tier is full or a mapping such as {{cover: 2}}, not '{node.value}'")
             return Tier(name, span, full=True)
@@ -290,4 +289,4 @@ class _Loader:
 
 def text_of(node: Node) -> str:
     """A scalar as written, for messages."""
-    return str(node.value) if isinstance(node, yaml.ScalarNode) else "a value"
+    return str(node.value) if isinstance(node, ScalarNode) else "a value"

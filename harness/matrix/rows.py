@@ -21,11 +21,12 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from yaml import Node
+
 from harness.case import Rows
 from harness.matrix.expression import Expression, ExpressionError, Kind, parse_expression
 from harness.matrix.source import (
     Mistake,
-    Node,
     Source,
     Span,
     items,

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from yaml import MappingNode, Node, ScalarNode, SequenceNode
 
 from harness.errors import AttnregError
-
-Node = yaml.nodes.Node
 
 
 @dataclass(frozen=True, order=True)
@@ -123,11 +122,11 @@ class Source:
 
     def entries(self, node: Node, what: str) -> dict[str, tuple[Node, Node]]:
         """{key: (key node, value node)} of a mapping; duplicate keys are noted, other nodes raise Mistake."""
-        if not isinstance(node, yaml.MappingNode):
+        if not isinstance(node, MappingNode):
             raise Mistake(span_of(node), f"{what} is a mapping (key: value), not {describe(node)}")
         found: dict[str, tuple[Node, Node]] = {}
         for key, value in node.value:
-            if not isinstance(key, yaml.ScalarNode):
+            if not isinstance(key, ScalarNode):
                 self.add(Mistake(span_of(key), f"a key of {what} is a plain word, not {describe(key)}"))
             elif key.value in found:
                 first = span_of(found[key.value][0]).line
@@ -139,8 +138,8 @@ class Source:
 
 def items(node: Node, what: str) -> list[Node]:
     """The elements of a list; Mistake where `node` is no list or an empty one."""
-    if not isinstance(node, yaml.SequenceNode):
-        hint = f". Write [{node.value}]" if isinstance(node, yaml.ScalarNode) else ""
+    if not isinstance(node, SequenceNode):
+        hint = f". Write [{node.value}]" if isinstance(node, ScalarNode) else ""
         raise Mistake(span_of(node), f"{what} is a list, not {describe(node)}{hint}")
     if not node.value:
         raise Mistake(span_of(node), f"{what} is an empty list")
@@ -149,7 +148,7 @@ def items(node: Node, what: str) -> list[Node]:
 
 def text(node: Node, what: str) -> str:
     """The text of a scalar, whatever YAML would make of it; Mistake for lists, mappings and empty values."""
-    if not isinstance(node, yaml.ScalarNode):
+    if not isinstance(node, ScalarNode):
         raise Mistake(span_of(node), f"{what} is a single value, not {describe(node)}")
     if not node.value.strip():
         raise Mistake(span_of(node), f"{what} is empty")
@@ -167,9 +166,9 @@ def span_within(node: Node, offset: int, width: int) -> Span:
 
 def describe(node: Node) -> str:
     """What a node is, for messages."""
-    if isinstance(node, yaml.MappingNode):
+    if isinstance(node, MappingNode):
         return "a mapping"
-    if isinstance(node, yaml.SequenceNode):
+    if isinstance(node, SequenceNode):
         return "a list"
     return f"'{node.value}'"
 
