@@ -6,16 +6,18 @@ from harness.cache.content import Content
 from harness.kernel.contract import Contract
 from harness.kernel.numerics import NumericsProfile
 
+_FEATURES = frozenset({
+    "sliding_window", "noncausal", "logits_soft_cap", "alibi", "sinks", "head_size_v", "prefill",
+    "strided_cache", "strided_inputs", "queries_before_keys",
+})  # fmt: skip
+
 KERNELS: tuple[Contract, ...] = (
     Contract(
         name="torch_sdpa_paged",
         about="torch scaled_dot_product_attention over K and V gathered from the pages, one sequence at a time",
         entry="torch_sdpa_paged.py:launch",
         content=Content.ALL,
-        features=frozenset({
-            "sliding_window", "noncausal", "logits_soft_cap", "alibi", "sinks", "head_size_v", "prefill",
-            "strided_cache", "strided_inputs", "queries_before_keys",
-        }),  # fmt: skip
+        features=_FEATURES,
         returns_lse=False,  # the public function returns none
         numerics=NumericsProfile(kv_dequant="round_to_q", p_dtype="fp32", mma="simt"),
     ),

@@ -6,16 +6,18 @@ from harness.cache.content import Content
 from harness.kernel.contract import Contract
 from harness.kernel.numerics import NumericsProfile
 
+_FEATURES = frozenset({
+    "sliding_window", "noncausal", "logits_soft_cap", "alibi", "sinks", "split_kv", "head_size_v", "prefill",
+    "strided_cache", "strided_inputs", "queries_before_keys",
+})  # fmt: skip
+
 KERNELS: tuple[Contract, ...] = (
     Contract(
         name="unified_paged",
         about="one Triton kernel for prefill and decode rows over a paged cache, with optional split-KV",
         entry="unified_paged.py:launch",
         content=Content.ALL,
-        features=frozenset({
-            "sliding_window", "noncausal", "logits_soft_cap", "alibi", "sinks", "split_kv", "head_size_v", "prefill",
-            "strided_cache", "strided_inputs", "queries_before_keys",
-        }),  # fmt: skip
+        features=_FEATURES,
         launches=("unified_paged_kernel", "split_kv_combine_kernel"),
         needs=("triton",),
         install_hint="pip install triton; on a CPU its interpreter runs the same source",

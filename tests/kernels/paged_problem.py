@@ -7,12 +7,18 @@ other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import torch
 
 from harness.dtypes import element_type
+from harness.interpreter.session import Session
+from harness.interpreter.strict import strict_interpreter
 from harness.kernel.arguments import LaunchArguments
+from harness.kernel.contract import Contract
+from harness.kernel.registry import IN_TREE, Launcher, load_entry
 
 NAN = float("nan")
 TOLERANCE = {"fp32": 2e-5, "fp16": 4e-3, "bf16": 3e-2}  # coarse: the oracle's derived tolerance is not under test here
@@ -53,6 +59,7 @@ class Paged:
 
 @dataclass(frozen=True)
 class Built:
+    dtype: str
     args: LaunchArguments
     out: torch.Tensor  # float64 [num_tokens, num_q_heads, head_size_v], what the kernel should answer
     lse: torch.Tensor  # float64 [num_tokens, num_q_heads]
@@ -109,7 +116,7 @@ def build(p: Paged, *, with_lse: bool = True) -> Built:
     k = [dequantised(tokens, k_scale) for tokens in keys]
     v = [dequantised(tokens, v_scale) for tokens in values]
     want_out, want_lse = _dense(p, args, k, v)
-    return Built(args, want_out, want_lse, gaps)
+    return Built(p.dtype, args, want_out, want_lse, gaps)
 
 
 def _view(tensor: torch.Tensor, strided: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -156,9 +163,29 @@ def _dense(
     return out, lse
 
 
-def wrong(built: Built, dtype: str) -> str | None:
+def run_strictly(launcher: Launcher, args: LaunchArguments) -> Session:
+    """Launch under the strict interpreter: any address outside the arguments raises, other violations are recorded."""
+    tensors = {f.name: t for f in fields(args) if isinstance(t := getattr(args, f.name), torch.Tensor)}
+    with strict_interpreter(tensors, outputs={"out", "lse"} & tensors.keys()) as session:
+        launcher(args)
+    return session
+
+
+def with_fault(contract: Contract, folder: Path, old: str, new: str) -> Launcher:
+    """The kernel with `old` replaced by `new` in a copy of its source under `folder`; `old` must occur exactly once."""
+    assert contract.folder is not None
+    for name in ("_shared", contract.folder.name):
+        shutil.copytree(IN_TREE / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    file = folder / contract.folder.name / contract.entry.partition(":")[0]
+    source = file.read_text()
+    assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times"
+    file.write_text(source.replace(old, new))
+    return load_entry(replace(contract, folder=file.parent))
+
+
+def wrong(built: Built) -> str | None:
     """What is wrong with the outputs a kernel wrote, or None."""
-    tolerance = TOLERANCE[dtype]
+    tolerance = TOLERANCE[built.dtype]
     got = {"out": (built.args.out, built.out)}
     if built.args.lse is not None:
         got["lse"] = (built.args.lse, built.lse)
