@@ -90,7 +90,7 @@ FAULTS = {
     "V tail not masked": ("mask=cached[:, None] & (dim_v < head_size_v)[None, :], other=0.0)\n        if", (
         "mask=(dim_v < head_size_v)[None, :], other=0.0)\n        if"), Paged(query_lens=(1,), context_lens=(40,))),
     "page table read behind the row": ("mask=cached, other=0)", "mask=key >= 0, other=0)", Paged(
-        query_lens=(5,), context_lens=(30,))),,
+        query_lens=(5,), context_lens=(30,))),
     "page of the first key": ("table_row + key // page_size", "table_row + key * 0", Paged()),
     "gqa modulo": ("head = kv_head * gqa_ratio + row % gqa_ratio\n    context_len", (
         "head = kv_head + (row % gqa_ratio) * tl.num_programs(1)\n    context_len"), Paged()),
