@@ -83,7 +83,7 @@ def tolerance(
     error += out_type.half_subnormal * profile.out_scale
     return Tolerance(
         out=error,
-        lse=_lse_tolerance(reference, profile, head_size),
+        lse=_lse_tolerance(reference, profile, head_size, structured),
         largest=out_type.largest * profile.out_scale if out_type.size == 1 else math.inf,
         out_scale=profile.out_scale,
         lse_unit=math.log(2) if profile.lse_base == "2" else 1.0,
@@ -95,15 +95,24 @@ def _cast_error(
 ) -> torch.Tensor:
     """T_P + T_F; a row sum over rounded values moves with them, which adds |o| times the moments without V."""
     bound, flushed = reference.cast_sum, reference.flush_sum
-    if profile.sum_after_cast:
-        bound = bound + abs_out * reference.row_cast_sum[..., None]
-        flushed = flushed + abs_out * reference.row_flush_sum[..., None]
-    if structured:
-        return bound + flushed
     deviation = reference.cast_square.sqrt()
     if profile.sum_after_cast:  # sum A^2 (v - o)^2 <= (sqrt(sum A^2 v^2) + |o| sqrt(sum A^2))^2
+        bound = bound + abs_out * reference.row_cast_sum[..., None]
+        flushed = flushed + abs_out * reference.row_flush_sum[..., None]
         deviation += abs_out * reference.row_cast_square.sqrt()[..., None]
-    return torch.minimum(deviation.mul_(SUB_GAUSSIAN), bound).add_(flushed)
+    error = bound.clone() if structured else torch.minimum(deviation.mul_(SUB_GAUSSIAN), bound)
+    error += flushed
+    if profile.sum_after_cast:  # the quotient of two perturbed sums
+        error /= 1 - _row_sum_error(reference, structured)[..., None]
+    return error
+
+
+def _row_sum_error(reference: AttentionReference, structured: bool) -> torch.Tensor:
+    """Largest relative error of a row sum over rounded values [num_tokens, num_q_heads], less than 1."""
+    error = reference.row_cast_sum
+    if not structured:
+        error = torch.minimum(SUB_GAUSSIAN * reference.row_cast_square.sqrt(), error)
+    return (error + reference.row_flush_sum).clamp_(max=1 - 2.0**-10)
 
 
 def _logit_bound(reference: AttentionReference, head_size: int) -> torch.Tensor:
@@ -148,12 +157,13 @@ def _accumulation_error(
     return torch.minimum(error, limit)
 
 
-def _lse_tolerance(reference: AttentionReference, profile: NumericsProfile, head_size: int) -> torch.Tensor:
+def _lse_tolerance(
+    reference: AttentionReference, profile: NumericsProfile, head_size: int, structured: bool
+) -> torch.Tensor:
     """[num_tokens, num_q_heads]. P's rounding enters only where the row sum adds rounded values."""
     n = reference.num_visible[:, None]  # [num_tokens, 1]
     error = _logit_bound(reference, head_size) + EXP_ULPS * U32 * (reference.offset + reference.lse.abs() + 1)
     error += SUM_FACTOR * U32 * n.sqrt()
     if profile.sum_after_cast:
-        deviation = SUB_GAUSSIAN * reference.row_cast_square.sqrt()
-        error += torch.minimum(deviation, reference.row_cast_sum) + reference.row_flush_sum
+        error -= torch.log1p(-_row_sum_error(reference, structured))
     return error.masked_fill_(reference.lse == -math.inf, 0)
