@@ -25,13 +25,8 @@ FAILURE_STYLE = "bold red"
 # What the reason is called where the explanation has no rows that say more.
 REASON_LABELS: dict[Outcome, str] = {
     Outcome.TEST_BUG: "before launch",
-    Outcome.BLIND: "cannot see",
     Outcome.UNSUPPORTED: "not admitted",
     Outcome.XFAIL: "expected",
-    Outcome.XPASS: "expected",
-    Outcome.CRASH: "died",
-    Outcome.TIMEOUT: "no answer",
-    Outcome.NONDETERMINISTIC: "differs",
     Outcome.ERROR: "harness",
 }
 
@@ -94,7 +89,7 @@ def _ran(record: Record, width: int) -> list[Line]:
     """Which device kernels ran, with the one asked for where that is another name."""
     if not record.ran:
         return []
-    asked = "" if record.ran == (record.kernel,) else f"  (asked: {record.kernel})"
+    asked = "" if record.ran == (record.kernel,) else f" (asked: {record.kernel})"
     return labelled("ran", [", ".join(record.ran) + asked], width)
 
 

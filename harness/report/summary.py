@@ -16,6 +16,7 @@ from harness.store.record import Header, Record
 from harness.store.tally import MatrixTally, Totals, tally_matrices, tally_totals
 from harness.triage.distinct import Group, group_failures
 
+LATEST = "reports/latest.jsonl"
 MAX_BLOCKS = 10
 MAX_ALIKE = 12  # ids named below a block
 
@@ -48,7 +49,7 @@ def summary_lines(
     records: Sequence[Record],
     header: Header,
     coverage: Mapping[str, CoverageLine],
-    log_path: str = "reports/latest.jsonl",
+    log_path: str = LATEST,
     width: int = WIDTH,
 ) -> list[Line]:
     """The table, what was planted, and the totals. coverage: by matrix name."""

@@ -108,6 +108,12 @@ def explain_error(error: BaseException) -> dict[str, Any]:
     )
 
 
+def with_row(explanation: Mapping[str, Any] | None, label: str, *lines: str) -> dict[str, Any]:
+    """`explanation` with one more row, for whoever has something to add to what was found."""
+    known = dict(explanation or {})
+    return known | {"rows": {**known.get("rows", {}), label: list(lines)}}
+
+
 def _summary(findings: Findings, rows: Mapping[str, Sequence[str]]) -> str:
     first = next((rows[label][0] for label in ("wrong", "lse", "violates") if label in rows), "")
     label = "lse: " if "wrong" not in rows and "lse" in rows else ""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 AXES = ("token", "head", "dim")
-HEAT_CELLS = 50
+HEAT_CELLS = 40
 
 
 @dataclass(frozen=True)

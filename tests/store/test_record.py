@@ -53,14 +53,15 @@ headers = st.builds(
 
 
 @given(records)
-def test_a_record_comes_back_equal_from_one_ascii_line(record):
+def test_a_record_comes_back_equal_from_one_ascii_line(record: Record) -> None:
     text = record.to_json()
-    assert "\n" not in text and text.isascii()
+    assert "\n" not in text
+    assert text.isascii()
     assert Record.from_json(text) == record
 
 
 @given(headers)
-def test_a_header_comes_back_equal(header):
+def test_a_header_comes_back_equal(header: Header) -> None:
     assert Header.from_json(header.to_json()) == header
 
 
@@ -69,7 +70,7 @@ def example(**changes: object) -> Record:
     return Record(**({**values, "outcome": Outcome.FAIL, "reason": "wrong"} | changes))
 
 
-def test_numbers_that_are_not_finite_are_strict_json():
+def test_numbers_that_are_not_finite_are_strict_json() -> None:
     record = example(
         err_over_tol=math.inf,
         lse_err_over_tol=math.nan,
@@ -77,10 +78,13 @@ def test_numbers_that_are_not_finite_are_strict_json():
         seconds={"launch": math.inf},
     )
     values = json.loads(record.to_json(), parse_constant=lambda name: pytest.fail(f"{name} in the log"))
-    assert values["err_over_tol"] == "inf" and values["lse_err_over_tol"] == "nan"
+    assert values["err_over_tol"] == "inf"
+    assert values["lse_err_over_tol"] == "nan"
     assert values["explanation"] == {"worst": {"got": "-inf"}}
     back = Record.from_json(record.to_json())
-    assert back.err_over_tol == math.inf and back.lse_err_over_tol is not None and math.isnan(back.lse_err_over_tol)
+    assert back.err_over_tol == math.inf
+    assert back.lse_err_over_tol is not None
+    assert math.isnan(back.lse_err_over_tol)
     assert back.seconds == {"launch": math.inf}
 
 
@@ -102,21 +106,23 @@ def changed(**changes: object) -> str:
         (example().to_json().replace('"line": 7', '"line": NaN'), "NaN is not strict JSON"),
     ],
 )
-def test_anything_else_is_refused_with_a_reason(text, complaint):
+def test_anything_else_is_refused_with_a_reason(text: str, complaint: str) -> None:
     with pytest.raises(MalformedRecord) as caught:
         Record.from_json(text)
     assert complaint in str(caught.value)
 
 
-def test_a_header_of_another_format_says_so_before_anything_else():
+def test_a_header_of_another_format_says_so_before_anything_else() -> None:
     text = json.dumps({"kind": "header", "format": FORMAT_VERSION + 1, "new": 1})
     with pytest.raises(MalformedRecord, match=f"run log of format {FORMAT_VERSION + 1}; this attnreg reads format"):
         Header.from_json(text)
 
 
-def test_a_record_of_a_verdict_holds_the_case_and_its_seeds():
+def test_a_record_of_a_verdict_holds_the_case_and_its_seeds() -> None:
     case = Case("m", "k", Rows("r", (1, 4), (9, -2)), data_seed=5)
-    verdict = Verdict(Outcome.FAIL, "wrong", ("k1",), math.inf, None, {"launch": 0.5}, {"data": 17}, {"rows": {"a": ("b",)}})
+    verdict = Verdict(
+        Outcome.FAIL, "wrong", ("k1",), math.inf, None, {"launch": 0.5}, {"data": 17}, {"rows": {"a": ("b",)}}
+    )
     record = Record.of(case, verdict, id="m-r", matrix_path="cases/m.yaml", line=3, tier="ci", reproduce="pytest x")
     assert record.seeds == {"geometry": 0, "data": 17}
     assert record.case["rows"] == {"name": "r", "query_lens": [1, 4], "context_lens": [9, -2]}
@@ -124,7 +130,7 @@ def test_a_record_of_a_verdict_holds_the_case_and_its_seeds():
     assert Record.from_json(record.to_json()) == record
 
 
-def test_plain_refuses_what_is_not_data():
+def test_plain_refuses_what_is_not_data() -> None:
     assert plain({"a": {3, 1}, "b": (Outcome.PASS, math.nan)}) == {"a": [1, 3], "b": ["PASS", "nan"]}
     with pytest.raises(TypeError, match="object is not plain data"):
         plain([object()])
@@ -134,8 +140,9 @@ def test_plain_refuses_what_is_not_data():
         as_float(True)
 
 
-def test_the_environment_names_versions_and_commit():
+def test_the_environment_names_versions_and_commit() -> None:
     facts = environment()
     assert facts.keys() == {"python", "torch", "triton", "platform", "device", "driver", "cpu_count", "commit"}
-    assert facts["python"] and facts["torch"]
+    assert facts["python"]
+    assert facts["torch"]
     assert plain_dict(facts) == facts

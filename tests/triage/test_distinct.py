@@ -10,7 +10,7 @@ def record(name: str, outcome: Outcome = Outcome.FAIL, reason: str = "", shape: 
     return Record(name, "m", "cases/m.yaml", 1, "smoke", kernel, outcome, reason, explanation=explanation)
 
 
-def test_equal_shapes_form_one_group_whatever_the_numbers():
+def test_equal_shapes_form_one_group_whatever_the_numbers() -> None:
     records = [
         record("a", reason="8192 wrong", shape="out: some tokens x heads x dims []"),
         record("ok", Outcome.PASS),
@@ -22,7 +22,7 @@ def test_equal_shapes_form_one_group_whatever_the_numbers():
     assert [[r.id for r in group.records] for group in group_failures(records)] == [["a", "b"], ["c"], ["d"]]
 
 
-def test_without_a_pattern_the_reason_counts_but_not_its_numbers():
+def test_without_a_pattern_the_reason_counts_but_not_its_numbers() -> None:
     one = record("a", Outcome.CRASH, "signal 11 after 3.5 s")
     assert fingerprint(one) == fingerprint(record("b", Outcome.CRASH, "signal 6 after 12 s"))
     assert fingerprint(one) != fingerprint(record("c", Outcome.CRASH, "device context is dead"))

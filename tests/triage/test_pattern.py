@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from harness.oracle.findings import Findings, TensorFindings, Worst
 from harness.triage.explain import explain_blind, explain_error, explain_mismatch, explain_setup_bug
 from harness.triage.pattern import find_pattern
 from harness.triage.wording import compact, percent
+
+Region = Callable[[torch.Tensor], torch.Tensor]  # picks a region of a tensor by indexing it
 
 # decode at position 500, prefill 100..163, prefill 0..49, decode at 7, decode at 30
 ROWS = Rows("mixed", (1, 64, 50, 1, 1), (500, 100, 0, 7, 30))
@@ -33,20 +37,20 @@ def found(mask: torch.Tensor, name: str = "out", nan: int = 0, unwritten: int = 
     return TensorFindings(name, err, mask, wrong, mask.numel(), nan, 0, unwritten, worst)
 
 
-def explain(mask: torch.Tensor, case: Case = CASE, lse: torch.Tensor | None = None, **counts: int) -> dict:
+def explain(mask: torch.Tensor, case: Case = CASE, lse: torch.Tensor | None = None, **counts: int) -> dict[str, Any]:
     tensors = (found(mask, **counts),) + (() if lse is None else (found(lse, "lse"),))
     explanation = explain_mismatch(case, Findings(tensors))
     json.dumps(explanation, allow_nan=False)  # plain data
     return explanation
 
 
-def planted(region) -> torch.Tensor:
+def planted(region: Region) -> torch.Tensor:
     """The mask of a region given by indexing, views and copies alike: elements are told by their numbers."""
     numbers = torch.arange(blank().numel()).view(blank().shape)
     return torch.isin(numbers, region(numbers))
 
 
-def test_one_token_is_named_by_sequence_phase_and_position():
+def test_one_token_is_named_by_sequence_phase_and_position() -> None:
     mask = blank()
     mask[0] = True
     explanation = explain(mask, lse=torch.zeros(mask.shape[:2], dtype=torch.bool))
@@ -67,12 +71,13 @@ def test_one_token_is_named_by_sequence_phase_and_position():
             "the LSE is within its tolerance everywhere",
         ],
     }
-    assert explanation["summary"] == (
-        "1,536 of 179,712 elements = 1 token x 16 heads x 96 dims, worst 25.2x tolerance"
-    )
+    assert explanation["summary"] == ("1,536 of 179,712 elements = 1 token x 16 heads x 96 dims, worst 25.2x tolerance")
     out, lse = explanation["tensors"]
-    assert out["exact"] and out["sizes"] == [1, 16, 96] and out["worst"]["page_slot"] == 31
-    assert lse["wrong"] == 0 and "sizes" not in lse
+    assert out["exact"]
+    assert out["sizes"] == [1, 16, 96]
+    assert out["worst"]["page_slot"] == 31
+    assert lse["wrong"] == 0
+    assert "sizes" not in lse
 
 
 @pytest.mark.parametrize(
@@ -90,33 +95,38 @@ def test_one_token_is_named_by_sequence_phase_and_position():
         (lambda m: m, "= 117 tokens x 16 heads x 96 dims", "every element is wrong"),
     ],
 )
-def test_unmistakable_patterns(plant, product, hint):
+def test_unmistakable_patterns(plant: Region, product: str, hint: str) -> None:
     explanation = explain(planted(plant))
     assert product in explanation["rows"]["wrong"][0]
     assert any(hint in text for text in explanation["rows"]["seen"])
 
 
-def test_scattered_elements_raise_no_hint_and_are_not_called_a_product():
+def test_scattered_elements_raise_no_hint_and_are_not_called_a_product() -> None:
     mask = torch.rand(blank().shape, generator=torch.Generator().manual_seed(0)) < 0.001
     explanation = explain(mask)
     assert "seen" not in explanation["rows"]
-    assert explanation["rows"]["wrong"][0] == "192 of 179,712 elements within 97 tokens x 16 heads x 78 dims (< 1 % filled)"
+    assert (
+        explanation["rows"]["wrong"][0]
+        == "192 of 179,712 elements within 97 tokens x 16 heads x 78 dims (< 1 % filled)"
+    )
     assert all(f > 0 for strip in explanation["heat"] if strip["axis"] == "head" for f in strip["fractions"])
 
 
-def test_token_head_pairs_factorise_without_being_a_full_product():
+def test_token_head_pairs_factorise_without_being_a_full_product() -> None:
     mask = blank()
     for token, head in ((10, 3), (50, 9), (115, 1)):
         mask[token, head] = True
     pattern = find_pattern(CASE, found(mask))
-    assert pattern is not None and not pattern.exact
+    assert pattern is not None
+    assert not pattern.exact
     assert pattern.describe() == "= 3 (token, head) pairs x 96 dims"
     mask[10, 3, 5] = False  # one element accidentally right: now only the bounding product is true
     pattern = find_pattern(CASE, found(mask))
-    assert pattern is not None and pattern.describe() == "within 3 tokens x 3 heads x 96 dims (33 % filled)"
+    assert pattern is not None
+    assert pattern.describe() == "within 3 tokens x 3 heads x 96 dims (33 % filled)"
 
 
-def test_a_page_of_queries_is_a_range_of_positions():
+def test_a_page_of_queries_is_a_range_of_positions() -> None:
     mask = blank()
     mask[1 + 12 : 1 + 28] = True  # positions 112..127 of sequence 1: page slot 7
     explanation = explain(mask)
@@ -124,28 +134,32 @@ def test_a_page_of_queries_is_a_range_of_positions():
         "sequence 1, prefill row, positions 112-127 (query_len 64, context 100), 16 of 64 tokens"
     )
     (strip,) = explanation["heat"]
-    assert strip["axis"] == "token" and strip["per_cell"] == 3 and len(strip["fractions"]) == 39
+    assert strip["axis"] == "token"
+    assert strip["per_cell"] == 3
+    assert len(strip["fractions"]) == 39
     assert [i for i, f in enumerate(strip["fractions"]) if f] == list(range(13 // 3, 28 // 3 + 1))
 
 
-def test_hints_need_a_case_that_could_show_the_opposite():
+def test_hints_need_a_case_that_could_show_the_opposite() -> None:
     case = Case("planted", "k", Rows("one", (1,), (9,)), num_q_heads=2, head_size=64)
     mask = blank(case)
     mask[0, :, :32] = True
     assert "seen" not in explain(mask, case)["rows"]
 
 
-def test_every_wrong_element_unwritten_or_nan_is_said():
+def test_every_wrong_element_unwritten_or_nan_is_said() -> None:
     mask = blank()
     mask[3] = True
     rows = explain(mask, nan=1536, unwritten=1536)["rows"]
     assert "every wrong element was never written" in rows["seen"]
-    assert rows["of these"] == ["1,536 NaN, 1,536 unwritten"] and rows["not"] == ["Inf"]
+    assert rows["of these"] == ["1,536 NaN, 1,536 unwritten"]
+    assert rows["not"] == ["Inf"]
     rows = explain(mask, nan=2)["rows"]
-    assert rows["of these"] == ["2 NaN"] and not any("every wrong element" in text for text in rows["seen"])
+    assert rows["of these"] == ["2 NaN"]
+    assert not any("every wrong element" in text for text in rows["seen"])
 
 
-def test_lse_alone_is_described_in_tokens_and_heads():
+def test_lse_alone_is_described_in_tokens_and_heads() -> None:
     lse = torch.zeros(ROWS.num_tokens, 16, dtype=torch.bool)
     lse[:, 8:12] = True
     explanation = explain(blank(), lse=lse)
@@ -156,7 +170,7 @@ def test_lse_alone_is_described_in_tokens_and_heads():
     assert "wrong" not in explanation["rows"]
 
 
-def test_queries_before_the_first_key_have_negative_positions():
+def test_queries_before_the_first_key_have_negative_positions() -> None:
     case = Case("planted", "k", Rows("early", (4, 1), (-2, 3)), num_q_heads=2, head_size=8)
     mask = blank(case)
     mask[1] = True
@@ -165,13 +179,14 @@ def test_queries_before_the_first_key_have_negative_positions():
     assert rows["how much"][-1] == "(sequence 0, prefill row, position -1)"
 
 
-def test_violations_come_without_wrong_elements_too():
+def test_violations_come_without_wrong_elements_too() -> None:
     explanation = explain_mismatch(CASE, Findings((found(blank()),), ("the kernel changed k_cache",)))
     assert explanation["rows"]["violates"] == ["the kernel changed k_cache"]
-    assert explanation["summary"] == "the kernel changed k_cache" and explanation["shape"] == "violates"
+    assert explanation["summary"] == "the kernel changed k_cache"
+    assert explanation["shape"] == "violates"
 
 
-def test_infinite_errors_are_plain_data():
+def test_infinite_errors_are_plain_data() -> None:
     mask = blank()
     mask[0, 0, 0] = True
     nan = float("nan")
@@ -182,7 +197,7 @@ def test_infinite_errors_are_plain_data():
     assert explanation["rows"]["how much"][0] == "worst infx tolerance: got nan want 0.4 +- 0.003"
 
 
-def test_a_mask_of_another_shape_is_refused():
+def test_a_mask_of_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match=r"mask of out has shape \(3, 16, 96\), the case implies \(117, 16, 96\)"):
         find_pattern(CASE, found(torch.ones(3, 16, 96, dtype=torch.bool)))
 
@@ -203,15 +218,15 @@ def test_a_mask_of_another_shape_is_refused():
         ([0, 2, 5, 6, 9, 11, 12], 20, "0, 2, 5-6, 9 and 2 more"),
     ],
 )
-def test_compact(indices, total, text):
+def test_compact(indices: Sequence[int], total: int | None, text: str) -> None:
     assert compact(list(indices), total) == text
 
 
-def test_percent_is_never_rounded_to_all_or_nothing():
+def test_percent_is_never_rounded_to_all_or_nothing() -> None:
     assert [percent(f) for f in (0.0, 1e-6, 0.334, 0.9999, 1.0)] == ["0 %", "< 1 %", "33 %", "> 99 %", "100 %"]
 
 
-def test_other_outcomes():
+def test_other_outcomes() -> None:
     bug = explain_setup_bug(SetupBug("query_start_loc", "int32", "int64", "torch.cumsum of int32 returns int64"))
     assert bug["rows"]["before launch"] == [
         "query_start_loc is int64, expected int32",
@@ -227,4 +242,5 @@ def test_other_outcomes():
     except KeyError as error:
         explanation = explain_error(error)
     assert explanation["rows"]["harness"] == ["KeyError: 'boom'"]
-    assert explanation["traceback"][0].startswith("Traceback") and "raise KeyError" in "\n".join(explanation["traceback"])
+    assert explanation["traceback"][0].startswith("Traceback")
+    assert "raise KeyError" in "\n".join(explanation["traceback"])
