@@ -45,6 +45,7 @@ KEYS: Mapping[str, str] = {
     "tiers": "which cases run when",
     "expect": "known failures, each with a reason, a link and a date",
 }
+REQUIRED_KEYS = ("matrix", "about", "kernels", "tiers")
 TIER_KEYS: Mapping[str, str] = {
     "cover": "2 or 3: every possible pair or triple of values occurs",
     "full": "true: every possible combination",
@@ -92,7 +93,7 @@ class _Loader:
     def _read(self, entries: _Entries) -> Matrix:
         for mistake in unknown_keys(entries, KEYS, "key"):
             self.source.add(mistake)
-        for key in ("matrix", "about", "kernels", "tiers"):
+        for key in REQUIRED_KEYS:
             if key not in entries:
                 self.source.add(Mistake(Span(1, 1), f"the matrix has no '{key}'"))
         name = about = ""

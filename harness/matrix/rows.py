@@ -41,8 +41,8 @@ ROWS_AXES = frozenset({"rows", "page_size", "sliding_window", "geometry_seed"})
 SHARED_ROWS = "rows.yaml"  # beside the matrices: mixes that all of them may name; not a matrix itself
 NAME = re.compile(r"[A-Za-z0-9_.]+")
 
-_LISTED_KEYS = ("query_lens", "context_lens")
-_DRAWN_KEYS = (*_LISTED_KEYS, "num_seqs", "first", "last")
+LISTED_KEYS = ("query_lens", "context_lens")
+DRAWN_KEYS = (*LISTED_KEYS, "num_seqs", "first", "last")
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
 _QUERY_NAMES: Mapping[str, Kind] = {"page_size": "number", "sliding_window": "number"}
 _CONTEXT_NAMES: Mapping[str, Kind] = {**_QUERY_NAMES, "query_len": "number"}
@@ -105,9 +105,9 @@ def parse_mix(source: Source, node: Node, name: str) -> RowMix:
     what = f"row mix '{name}'"
     entries = {key: pair for key, pair in source.entries(node, what).items() if key != "name"}
     drawn = "num_seqs" in entries
-    for mistake in unknown_keys(entries, _DRAWN_KEYS if drawn else _LISTED_KEYS, f"key of {what}"):
+    for mistake in unknown_keys(entries, DRAWN_KEYS if drawn else LISTED_KEYS, f"key of {what}"):
         source.add(mistake)
-    for key in _LISTED_KEYS:
+    for key in LISTED_KEYS:
         if key not in entries:
             raise Mistake(span_of(node), f"{what} has no {key}")
     values = {key: value for key, (_, value) in entries.items()}
