@@ -1,7 +1,7 @@
 """The KV cache a kernel is handed: filled, quantised, placed, laid out, poisoned.
 
-Invariant: the cache holds exactly the tokens its content class demands; everything else in its storage is poison. The
-two parameters that break this, `cached_lens` and `poison`, exist to plant set-up faults that harness.cache.verify finds.
+Invariant: the cache holds exactly the tokens its content class demands; everything else in its storage is poison.
+The two parameters that break this, `cached_lens` and `poison`, plant set-up faults that harness.cache.verify finds.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ def _fill(
     """The pool of K or V; `payload` [num_keys, heads, dim]."""
     case, device = problem.case, payload.device
     stored, page_size = element_type(case.stored_dtype), case.page_size
-    shape = cache_shape(case.layout, which, placed.num_pages, page_size, *payload.shape[1:], stored.size)
+    heads, dim = payload.shape[1:]
+    shape = cache_shape(case.layout, which, placed.num_pages, page_size, heads, dim, stored.size)
     strided = case.strides != "compact"
     cache = allocate(case.layout, which, shape, stored, poison_bits(stored, poison), strided, device)
     slots = bits_of(by_slot(cache, case.layout))  # [pages, page_size, heads, ...]

@@ -32,7 +32,9 @@ def describe_slot(
         return f"position {pos} is poison"
     if not bool(bits.any()):
         return f"position {pos} is zero"
-    if pos < demanded and bool((bits_of(quantise(values[key], 1.0, element_type(problem.case.stored_dtype))) == bits).all()):
+    if pos < demanded and bool(
+        (bits_of(quantise(values[key], 1.0, element_type(problem.case.stored_dtype))) == bits).all()
+    ):
         return f"position {pos} holds its value without the descale"
     for payload, name in ((own, ""), (other, f"{other_name} of ")):
         token = _find(payload, bits)

@@ -1,6 +1,6 @@
 """The keys and values that a right kernel sees, for the reference.
 
-Invariant: decided by what the contract demands, not by what was stored, so that a set-up fault never moves the reference.
+Invariant: decided by what the contract demands, not by what was stored: a set-up fault never moves the reference.
 """
 
 from __future__ import annotations

@@ -24,7 +24,9 @@ def vector_size(head_size: int, element_size: int) -> int:
     return math.gcd(16 // element_size, head_size)
 
 
-def cache_shape(layout: str, which: str, pages: int, page_size: int, heads: int, dim: int, size: int) -> tuple[int, ...]:
+def cache_shape(
+    layout: str, which: str, pages: int, page_size: int, heads: int, dim: int, size: int
+) -> tuple[int, ...]:
     """Shape of K (`which` "k") or V ("v") with elements of `size` bytes."""
     if layout == "linear_nhd":
         return (pages, page_size, heads, dim)
@@ -35,19 +37,27 @@ def cache_shape(layout: str, which: str, pages: int, page_size: int, heads: int,
 
 
 def allocate(
-    layout: str, which: str, shape: tuple[int, ...], stored: ElementType, fill: int, strided: bool, device: torch.device | str
+    layout: str,
+    which: str,
+    shape: tuple[int, ...],
+    stored: ElementType,
+    fill: int,
+    strided: bool,
+    device: torch.device | str,
 ) -> torch.Tensor:
     """A cache of `shape` (see cache_shape) whose storage, gaps included, holds the bits `fill`: `stored` dtype.
 
     `strided` puts gaps behind every page, slot and head, of other sizes for V than for K; rows stay 16-byte aligned.
     """
-    storage = bits_of(torch.empty(_with_gaps(layout, which, shape, stored) if strided else shape, dtype=stored.torch, device=device))
+    storage = bits_of(
+        torch.empty(_with_gaps(layout, which, shape, stored) if strided else shape, dtype=stored.torch, device=device)
+    )
     storage.fill_(fill)
     return storage[tuple(slice(n) for n in shape)].view(stored.torch)
 
 
 def by_slot(cache: torch.Tensor, layout: str) -> torch.Tensor:
-    """View with leading [page, slot, head]: then [d] (linear_nhd, V of vllm_classic) or [d / x, x] (K of vllm_classic)."""
+    """View [page, slot, head, d], or [page, slot, head, d / x, x] for K of vllm_classic."""
     if layout == "linear_nhd":
         return cache
     return cache.permute(0, 3, 1, 2, 4) if cache.dim() == 5 else cache.permute(0, 3, 1, 2)

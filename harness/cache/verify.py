@@ -59,7 +59,7 @@ def address(tensor: torch.Tensor, layout: str, which: str, heads: int, dim: int)
         page, head, block, slot, lane, vector = *s, 0, 1
     d = torch.arange(dim, device=tensor.device)
     inner = torch.arange(heads, device=tensor.device)[:, None] * head + d // vector * block + d % vector * lane
-    return Address(tensor.storage_offset(), page, slot, inner.flatten())
+    return Address(int(tensor.storage_offset()), page, slot, inner.flatten())
 
 
 def verify_payload(problem: Problem, cache: KVCache, which: str) -> None:
@@ -139,7 +139,9 @@ def _slots_in_use(problem: Problem, cache: KVCache, content: Content, count: int
         pos = torch.arange(-(-seq_len // page_size) * page_size, device=device)
         page = cache.block_table[seq, pos // page_size]
         if len(page) and not bool(((page >= 0) & (page < cache.num_pages)).all()):
-            raise SetupBug("block_table", f"page ids in [0, {cache.num_pages}) for sequence {seq}", str(page.unique().tolist()))
+            raise SetupBug(
+                "block_table", f"page ids in [0, {cache.num_pages}) for sequence {seq}", str(sorted(set(page.tolist())))
+            )
         demanded = content.cached_len(query_len, context_len)
         key = torch.where(pos < demanded, problem.key_start[seq] + pos, -1)
         whole = _Slots(torch.full_like(pos, seq), pos, page, pos % page_size, key)
@@ -147,7 +149,7 @@ def _slots_in_use(problem: Problem, cache: KVCache, content: Content, count: int
     if not parts:
         return []
     joined = [torch.cat([getattr(part, name) for part in parts]) for name in ("seq", "pos", "page", "slot", "key")]
-    return [_Slots(*chunk) for chunk in zip(*(column.split(count) for column in joined), strict=True)]
+    return [_Slots(*chunk) for chunk in zip(*(torch.split(column, count) for column in joined), strict=True)]
 
 
 def _raise_slot(
@@ -161,7 +163,11 @@ def _raise_slot(
     row = f"{phase(query_len)} row, sequence {seq}"
     tokens = f"positions 0..{demanded - 1}" if demanded else "no tokens"
     expected = f"{row}: {tokens} (content class {content.value}: {_why(content, query_len)})"
-    hint = "" if pos < demanded else "slots behind the cached tokens must not be read, and hold poison so that a read shows"
+    hint = (
+        ""
+        if pos < demanded
+        else "slots behind the cached tokens must not be read, and hold poison so that a read shows"
+    )
     raise SetupBug(f"{which}_cache", expected, describe_slot(problem, cache, which, seq, pos, demanded, found), hint)
 
 

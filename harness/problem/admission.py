@@ -53,7 +53,7 @@ def placement_refusal(case: Case) -> str | None:
 
 
 def shared_prefix_len(case: Case) -> int:
-    """Tokens that all rows with context share: whole pages, no more than the smallest context; 0 if nothing is shared."""
+    """Tokens that all rows with context share: whole pages within the smallest context; 0 if nothing is shared."""
     contexts = [c for c in case.rows.context_lens if c > 0]
     if case.placement.kind != "shared_prefix" or not contexts:
         return 0

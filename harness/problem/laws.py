@@ -105,7 +105,7 @@ def _directions(case: Case, device: torch.device | str) -> torch.Tensor:
 
 
 def _probe_queries(case: Case, k: torch.Tensor) -> torch.Tensor:
-    """beta sqrt(d) sum_t k_t / |k_t|^2 over one seen key and the first masked ones: [num_tokens, num_q_heads, head_size].
+    """beta sqrt(d) sum_t k_t / |k_t|^2 over one seen key and the first masked ones: [num_tokens, heads, head_size].
 
     Each k_t then has score beta. The first masked keys are pos + 1 (causal) and pos - window.
     """

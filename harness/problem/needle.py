@@ -56,7 +56,7 @@ def needle_queries(
     `payload` [num_keys, kv_heads, d] float64 (see stored_as), `sinks` [num_q_heads] or None. Queries that see nothing
     are 0. Raises LawError where two seen keys are stored alike, or where the query leaves the range of its dtype.
     """
-    device, heads, groups = payload.device, case.num_q_heads, case.gqa_ratio
+    device, heads = payload.device, case.num_q_heads
     element = element_type(case.dtype)
     q = torch.zeros((case.rows.num_tokens, heads, case.head_size), dtype=element.torch, device=device)
     slope = torch.zeros(heads) if slopes is None else torch.tensor(slopes, dtype=torch.float32)
@@ -69,18 +69,14 @@ def needle_queries(
             continue
         target, seen = pick_targets(case, span)  # [tokens, heads], [tokens, 1]
         keys = payload[span.keys]  # [keys, kv_heads, d]
-        kv_head = torch.arange(heads, device=device) // groups
-        chosen = keys[target, kv_head]  # [tokens, heads, d]
-        tokens = target.shape[0]
-        by_kv = chosen.view(tokens, -1, groups, case.head_size).transpose(0, 1).flatten(1, 2)  # [kv_heads, tokens * G, d]
-        dots = by_kv @ keys.permute(1, 2, 0)  # [kv_heads, tokens * G, keys]
-        dots = dots.view(-1, tokens, groups, span.seq_len).transpose(0, 1).reshape(tokens, heads, span.seq_len)
+        chosen = keys[target, torch.arange(heads, device=device) // case.gqa_ratio]  # [tokens, heads, d]
+        dots = _dots(chosen, keys)  # [tokens, heads, keys]
         own = dots.gather(2, target[:, :, None])[:, :, 0]  # [tokens, heads]
-        unit = k_scale * softmax_scale
-        needed = _needed(case, span, target, dots, own, slope) / torch.full_like(own, unit)
-        if sink is not None:  # one more logit, without ALiBi
-            behind = slope * (target - span.query_pos[:, None])  # ALiBi of the target
-            needed = torch.maximum(needed, (_MARGIN + sink - behind) / (own * unit))
+        needed = _needed(case, span, target, dots, own, slope)
+        if sink is not None:  # one more logit, which ALiBi does not touch
+            bias = slope * (target - span.query_pos[:, None])  # [tokens, heads]
+            needed = torch.maximum(needed, (_MARGIN + sink - bias) / own)
+        needed = needed / torch.full_like(own, k_scale * softmax_scale)
         needed = torch.where(seen, needed, torch.zeros_like(needed))
         _refuse_twins(span, needed, target)
         factor = powers[torch.searchsorted(powers, needed.contiguous()).clamp(max=len(powers) - 1)]  # [tokens, heads]
@@ -88,6 +84,14 @@ def needle_queries(
         _refuse_overflow(span, query, element.largest, case.dtype)
         q[span.tokens] = query.to(element.torch)
     return q
+
+
+def _dots(chosen: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Products of `chosen` [tokens, heads, d] with `keys` [keys, kv_heads, d] of their group: [tokens, heads, keys]."""
+    tokens, heads, dim = chosen.shape
+    grouped = chosen.view(tokens, keys.shape[1], -1, dim).transpose(0, 1)  # [kv_heads, tokens, group, d]
+    dots = grouped.flatten(1, 2) @ keys.permute(1, 2, 0)  # [kv_heads, tokens * group, keys]
+    return dots.view(*grouped.shape[:3], -1).transpose(0, 1).reshape(tokens, heads, -1)
 
 
 def _needed(
@@ -112,7 +116,8 @@ def _refuse_twins(span: Span, needed: torch.Tensor, target: torch.Tensor) -> Non
         return
     token, head = torch.isinf(needed).nonzero()[0].tolist()
     raise LawError(
-        f"needle: sequence {span.seq}, head {head}: no query singles out the key at position {int(target[token, head])}, "
+        f"needle: sequence {span.seq}, head {head}: no query singles out the key at position "
+        f"{int(target[token, head])}, "
         f"as another seen key is stored as close to it as itself; use a larger head_size or shorter rows"
     )
 
