@@ -1,4 +1,4 @@
-"""Triton's interpreter made strict: what a kernel does on a CPU here is what it would do on a GPU, checked more closely.
+"""Triton's interpreter made strict: on a CPU a kernel does what it would do on a GPU, and is watched more closely.
 
 Invariant: importing this package imports neither torch nor triton, so that `prepare` can run before both. The context
 manager is `harness.interpreter.strict.strict_interpreter`.
@@ -18,8 +18,8 @@ _VARIABLE = "TRITON_INTERPRET"  # Triton's own switch, read when a kernel is dec
 def prepare(device: str) -> None:
     """Make Triton interpret kernels on `device` "cpu" and compile them on any other.
 
-    Call before triton is imported: Triton decides when a kernel, its own library included, is decorated.
-    Raises InterpreterUnsupported where triton is not installed, InterpreterNotReady where it was imported the other way.
+    Call before triton is imported: Triton decides when a kernel, its own library included, is decorated. Raises
+    InterpreterUnsupported where triton is not installed, InterpreterNotReady where it was imported the other way.
     """
     if importlib.util.find_spec("triton") is None:
         raise InterpreterUnsupported("triton is not installed: pip install triton")
@@ -28,7 +28,7 @@ def prepare(device: str) -> None:
     if imported is not None and imported is not interpret:
         ways = ("to compile kernels", "to interpret kernels")
         raise InterpreterNotReady(
-            f"triton was imported {ways[imported]} before device '{device}' was chosen, which needs it {ways[interpret]}: "
+            f"triton was imported {ways[imported]}, but device '{device}' needs it {ways[interpret]}: "
             "start a new process, and choose the device before anything imports triton"
         )
     if interpret:

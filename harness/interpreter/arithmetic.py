@@ -1,9 +1,10 @@
-"""The strict machine's arithmetic: the operations of Triton's interpreter builder whose stock results differ from a GPU's.
+"""The strict machine's arithmetic: the operations of Triton's interpreter whose stock results differ from a GPU's.
 
-Invariant: bfloat16 and 8-bit floats are raw codes in a handle; whatever computes on them decodes, computes in float32
-and rounds once. Comparisons give int1 handles. Nothing here changes Triton: `strict_arithmetic` only lists replacements.
+Invariant: bfloat16 and 8-bit floats are raw codes in a handle; whatever computes on them decodes, computes in
+float32 and rounds once. Comparisons give int1. Nothing here changes Triton: `strict_arithmetic` lists replacements.
 """
 
+# ruff: noqa: ANN401 - Triton's objects carry no types.
 from __future__ import annotations
 
 import dataclasses
@@ -22,7 +23,6 @@ from harness.interpreter.errors import InterpreterUnsupported
 
 Array = npt.NDArray[Any]
 _ir = interpreter._ir
-_np_dtype = interpreter._get_np_dtype
 
 
 def strict_arithmetic() -> Iterator[tuple[Any, str, Any]]:
@@ -65,7 +65,7 @@ def handle_of(values: Array, element: Any) -> TensorHandle:
     """Numbers as a handle of type `element`, rounded once where it is narrower."""
     if element.name in narrow.NARROW:
         return TensorHandle(_encode(values, element.name, False), element)
-    return TensorHandle(values.astype(_np_dtype(element), copy=False), element)
+    return TensorHandle(values.astype(interpreter._get_np_dtype(element), copy=False), element)
 
 
 def _encode(values: Array, name: str, toward_zero: bool) -> Array:
@@ -120,7 +120,7 @@ def convert(builder: Any, src: TensorHandle, dst_type: Any, rounding: Any = None
         return TensorHandle(_encode(_as_float(values), target.name, toward_zero), target)
     if toward_zero and target == tl.float16:
         return TensorHandle(narrow.narrow_float16_toward_zero(values), target)
-    return TensorHandle(values.astype(_np_dtype(target)), target)
+    return TensorHandle(values.astype(interpreter._get_np_dtype(target)), target)
 
 
 def _as_float(values: Array) -> Array:
@@ -130,7 +130,7 @@ def _as_float(values: Array) -> Array:
 # ---- products ----
 
 
-def dot(builder: Any, a: TensorHandle, b: TensorHandle, d: TensorHandle, precision: Any, _imprecise: Any) -> TensorHandle:
+def dot(builder: Any, a: TensorHandle, b: TensorHandle, d: TensorHandle, precision: Any, _: Any) -> TensorHandle:
     """a @ b + d, summed in the accumulator's type or wider: int32 for int8, float64 for float64, else float32.
 
     a: [..., M, K], b: [..., K, N], d: [..., M, N]. float32 operands are rounded to TF32 where that is the precision
@@ -202,6 +202,7 @@ def _packed(operation: Any, values: Any, element: Any) -> Any:
 
 def _scan(accumulate: Any) -> Callable[[Any, Any], list[Any]]:
     def scan(operation: Any, input: Any) -> list[Any]:
-        return [_packed(operation, accumulate(numbers(input.handle.data, input.dtype), axis=operation.axis), input.dtype)]
+        sums = accumulate(numbers(input.handle.data, input.dtype), axis=operation.axis)
+        return [_packed(operation, sums, input.dtype)]
 
     return scan

@@ -1,7 +1,7 @@
 """Whether `tl.multiple_of`, `tl.max_contiguous` and `tl.max_constancy` tell the truth about the values they annotate.
 
-Invariant: a hint is about groups of neighbours along each dimension, as the compiler's axis analysis reads it; a hint
-that holds is silent. The compiler vectorises and widens accesses on its word, so a wrong one reads and writes elsewhere.
+Invariant: a hint is about groups of neighbours along each dimension, as the compiler's axis analysis reads it; a true
+hint is silent. The compiler vectorises and widens accesses on its word, so a wrong one reads and writes elsewhere.
 """
 
 from __future__ import annotations

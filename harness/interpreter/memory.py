@@ -1,6 +1,6 @@
 """Which addresses a kernel may touch, and which program stored which element last.
 
-Invariant: a region is a maximal run of bytes covered by overlapping buffers (two views of one allocation are one region);
+Invariant: a region is a maximal run of bytes covered by overlapping buffers (two views of one pool are one region);
 regions of a list are disjoint and ascending, so that one sorted search places an access.
 """
 

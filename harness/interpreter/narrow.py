@@ -1,7 +1,7 @@
 """Number formats that numpy lacks (bfloat16 and the 8-bit floats), kept as raw codes and decoded to float32 to compute.
 
 Invariant: decode is exact; encode rounds once, to nearest even (or toward zero), as conversion instructions do.
-8-bit formats saturate to the largest finite value and keep NaN (PTX `cvt.rn.satfinite`); bfloat16 overflows to infinity.
+8-bit formats saturate to the largest finite value and keep NaN (PTX `cvt.rn.satfinite`); bfloat16 overflows to inf.
 Names are Triton's: fp8e4nv is e4m3fn, fp8e5 is e5m2, fp8e4b8 and fp8e5b16 are their fnuz variants.
 """
 
@@ -79,7 +79,7 @@ def encode(values: Floats, name: str, toward_zero: bool = False) -> Codes:
     if toward_zero:
         code = np.searchsorted(_MAGNITUDES[name], size, side="right") - 1
     else:
-        # Codes ascend with the magnitude, so the code is the number of midpoints below; on a midpoint the even code wins.
+        # Codes ascend with the magnitude: the code is the number of midpoints below; on a midpoint the even code wins.
         below = np.searchsorted(_MIDPOINTS[name], size, side="left")
         code = np.where(below & 1, np.searchsorted(_MIDPOINTS[name], size, side="right"), below)
     negative = np.signbit(values)
@@ -106,6 +106,7 @@ def round_to_tf32(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 def narrow_float16_toward_zero(values: Floats) -> npt.NDArray[np.float16]:
     """float16 not larger in magnitude than `values`."""
-    rounded = values.astype(np.float16)
+    with np.errstate(over="ignore"):  # an infinity is stepped back below
+        rounded = values.astype(np.float16)
     too_large = np.abs(rounded.astype(np.float64)) > np.abs(values)
     return np.where(too_large, np.nextafter(rounded, np.float16(0)), rounded)

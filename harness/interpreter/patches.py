@@ -1,9 +1,10 @@
-"""The one module that touches Triton's private parts: it lays the strict machine over Triton's interpreter.
+"""The one module that changes Triton: it lays the strict machine over Triton's interpreter.
 
 Invariant: every change goes through one `Patches`, which undoes all of them in reverse order. Only launches and memory
 are here; the arithmetic is in harness.interpreter.arithmetic.
 """
 
+# ruff: noqa: ANN401 - Triton's objects carry no types.
 from __future__ import annotations
 
 import inspect
@@ -86,12 +87,28 @@ def _patch_language(patches: Patches, session: Session) -> None:
     patches.set_attr(interpreter, "_LangPatchScope", lambda: patches)
     patches.set_attr(interpreter, "_patch_attr", _patch_builtin)
     patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    # Stock 3.6 asks for a 0-dimensional array here, which scalars of the interpreter are not.
+    patches.set_attr(tl.tensor, "__index__", lambda tensor: int(tensor.handle.data.item()))
+    # Stock builds its table of types anew at each of thousands of calls.
+    patches.set_attr(interpreter, "_get_np_dtype", _cached_by_name(interpreter._get_np_dtype))
     # Launches and calls of device functions find nothing left to patch.
     patches.set_attr(interpreter, "_patch_lang", lambda fn: Patches())
     for name in ("multiple_of", "max_contiguous", "max_constancy"):
         hint = _checked_hint(name, session)
         patches.set_attr(tl, name, hint)
         patches.set_attr(tl.core, name, hint)
+
+
+def _cached_by_name(stock: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    known: dict[str, Any] = {}
+
+    def np_dtype(ty: Any) -> Any:
+        found = known.get(ty.name)
+        if found is None:
+            found = known[ty.name] = stock(ty)
+        return found
+
+    return np_dtype
 
 
 def _patch_builtin(owner: Any, name: str, member: Any, builder: Any, scope: Patches) -> None:
@@ -155,7 +172,7 @@ def _launch(session: Session, kernel: Any, grid: Any, args: tuple[Any, ...], kwa
     sizes = [int(n) for n in (grid(bound) if callable(grid) else grid)]
     if not 1 <= len(sizes) <= 3:
         raise UsageError(f"{kernel.fn.__name__}: a grid has 1 to 3 dimensions, got {sizes}")
-    x, y, z = (sizes + [1, 1])[:3]
+    x, y, z = [*sizes, 1, 1][:3]
     launch = session.begin_launch(kernel.fn.__name__, (x, y, z), tensors)
     builder = interpreter.interpreter_builder
     builder.set_grid_dim(x, y, z)

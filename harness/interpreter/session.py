@@ -59,7 +59,7 @@ class Session:
     """Launches, violations and the memory of one `strict_interpreter` context.
 
     buffers: tensors by name; None: the tensors each launch is given. outputs: names among them that may be stored to;
-    None: all. A launch tensor of an allocation that no buffer shares is a workspace: it joins for that launch, writable.
+    None: all. A launch tensor of an allocation that no buffer shares is a workspace: writable, for that launch.
     """
 
     def __init__(
@@ -159,15 +159,16 @@ class Session:
         return violation
 
 
-_MACHINERY = str(Path(__file__).parent)
+_HERE = str(Path(__file__).parent)
 
 
 def kernel_line() -> str:
-    """file:line of the innermost running code that is neither Triton's nor the interpreter's."""
+    """file:line of the running line of a kernel or device function: whoever called Triton's and our machinery."""
     import triton
 
-    own = (_MACHINERY, str(Path(triton.__file__).parent))
+    machinery = (_HERE, str(Path(triton.__file__).parent))
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(own):
-        frame = frame.f_back
+    for inside in (False, True):  # out of a hook, if one asks, then out of the machinery
+        while frame.f_back is not None and frame.f_code.co_filename.startswith(machinery) is inside:
+            frame = frame.f_back
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}"

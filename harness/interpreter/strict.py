@@ -35,8 +35,8 @@ def strict_interpreter(
     program_order_seed: orders the programs of every launch. hook: sees every access.
 
     An access outside the buffers raises OutOfBounds, a store to an input ReadOnlyStore, both before memory is touched;
-    elements stored by two programs of a launch and wrong hints are recorded in `Session.violations`. Any other exception
-    of a kernel arrives as Triton's InterpreterError.
+    elements stored by two programs of a launch and wrong hints are recorded in `Session.violations`. Any other
+    exception of a kernel arrives as Triton's InterpreterError.
 
     Raises InterpreterUnsupported (triton missing, or a version this is not proved on), InterpreterNotReady (triton was
     imported without `prepare("cpu")`), NestedSession (a session is open), ValueError (`outputs` names no buffer).
