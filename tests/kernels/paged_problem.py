@@ -94,7 +94,7 @@ def build(p: Paged, *, with_lse: bool = True) -> Built:
                 pool[page, : tokens[chunk].shape[0]] = tokens[chunk]
     if p.layout == "vllm_classic":
         x = 8 if p.head_size % 8 == 0 else 1
-        k_pool = k_pool.unflatten(3, (-1, x)).permute(0, 2, 3, 1, 4).contiguous()
+        k_pool = k_pool.view(*k_pool.shape[:3], -1, x).permute(0, 2, 3, 1, 4).contiguous()
         v_pool = v_pool.permute(0, 2, 3, 1).contiguous()
 
     slopes = torch.rand(p.num_q_heads, generator=generator) if p.alibi else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -144,9 +145,7 @@ def test_a_row_stored_twice_is_recorded(tmp_path: Path) -> None:
 @pytest.mark.parametrize("element_size", [2, 4])
 @pytest.mark.parametrize(("head_size", "head_size_v"), [(8, 8), (24, 128), (256, 256), (192, 128), (576, 512)])
 def test_tiles_fit_shared_memory(element_size: int, head_size: int, head_size_v: int) -> None:
-    load_entry(CONTRACT)
-    from _attnreg_kernels.unified.unified_paged import tiles_for
-
+    tiles_for = sys.modules[load_entry(CONTRACT).__module__].tiles_for
     for max_rows in (1, 16, 17, 10_000):
         tiles = tiles_for(head_size, head_size_v, element_size, max_rows)
         tile_bytes = (tiles.rows * tiles.dims + tiles.keys * (tiles.dims + tiles.dims_v)) * element_size
