@@ -1,9 +1,8 @@
 """Attention over a paged KV cache that holds every token: prefill rows and decode rows in one kernel.
 
 Invariant: one program owns one tile of (token, query head) rows of one sequence and one KV head, so every element of
-`out` and `lse` is stored once. With split-KV the keys of a sequence are divided into whole tiles; a split without keys
-stores nothing and the combine never loads it, whatever the workspace holds. A sink enters the softmax in exactly one
-place: the start of the row in the one-pass kernel, the start of the combine with split-KV.
+`out` and `lse` is stored once. With split-KV one program owns such a tile and one share of the keys, stores partials of
+its own, and split_kv merges them. Nothing but live slots of the cache is read.
 """
 
 from __future__ import annotations
@@ -17,6 +16,8 @@ import triton.language as tl
 from harness.kernel.arguments import LaunchArguments
 
 from .._shared.paged_tile import cache_offsets, key_strides, page_size_of, soft_cap, value_strides, visible
+from .softmax_rows import initial_max_and_sum, rescale, store_rows
+from .split_kv import keys_per_split, split_kv_combine_kernel
 
 # Pointers and sizes differ from case to case: specialising on their alignment or on the value 1 would only multiply
 # compilations. The strides that may be innermost do know the value 1, which is what makes loads coalesce.
@@ -29,65 +30,6 @@ _RUNTIME = (
     "v_stride_head",
 )  # fmt: skip
 _INNERMOST = ("q_stride_dim", "out_stride_dim", "k_stride_dim", "k_stride_lane", "v_stride_slot", "v_stride_dim")
-_COMBINE_RUNTIME = (
-    "query_start_loc_ptr", "seq_lens_ptr", "sinks_ptr", "out_ptr", "lse_ptr", "partial_out_ptr", "partial_max_ptr",
-    "partial_sum_ptr", "gqa_ratio", "head_size_v", "num_splits", "num_tokens", "num_q_heads", "out_stride_token",
-    "out_stride_head", "lse_stride_token", "lse_stride_head",
-)  # fmt: skip
-
-
-@triton.jit
-def initial_max_and_sum(sinks_ptr, head, present, BLOCK_M: tl.constexpr):
-    """Row maximum and row sum before the first key: the sink is one more logit, and has no value row."""
-    if sinks_ptr is not None:
-        row_max = tl.load(sinks_ptr + head, mask=present, other=float("-inf")).to(tl.float32)
-        row_sum = tl.full([BLOCK_M], 1.0, tl.float32)
-    else:
-        row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        row_sum = tl.zeros([BLOCK_M], tl.float32)
-    return row_max, row_sum
-
-
-@triton.jit
-def rescale(old_max, new_max):
-    """exp(old_max - new_max), where -inf means "nothing seen yet" and gives 0, also against -inf."""
-    return tl.exp(old_max - tl.where(new_max == float("-inf"), 0.0, new_max))
-
-
-@triton.jit
-def keys_per_split(seq_len, num_splits, BLOCK_N: tl.constexpr):
-    """Keys each split owns: whole tiles, at least one."""
-    return tl.maximum(tl.cdiv(tl.cdiv(seq_len, BLOCK_N), num_splits), 1) * BLOCK_N
-
-
-@triton.jit
-def store_rows(
-    acc,  # [BLOCK_M, BLOCK_DV] float32
-    row_max,  # [BLOCK_M]
-    row_sum,  # [BLOCK_M]
-    token,  # [BLOCK_M] int64
-    head,  # [BLOCK_M] query head
-    present,  # [BLOCK_M] whether the row exists
-    out_ptr,
-    lse_ptr,
-    head_size_v,
-    out_stride_token,
-    out_stride_head,
-    out_stride_dim,
-    lse_stride_token,
-    lse_stride_head,
-    BLOCK_DV: tl.constexpr,
-):
-    """Normalise and store; a row that saw neither key nor sink gets output 0 and LSE -inf."""
-    dim = tl.arange(0, BLOCK_DV)
-    empty = row_sum == 0.0
-    out = acc / tl.where(empty, 1.0, row_sum)[:, None]
-    offsets = (token * out_stride_token + head * out_stride_head)[:, None] + (dim * out_stride_dim)[None, :]
-    mask = present[:, None] & (dim < head_size_v)[None, :]
-    tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
-    if lse_ptr is not None:
-        lse = tl.where(empty, float("-inf"), row_max + tl.log(tl.where(empty, 1.0, row_sum)))
-        tl.store(lse_ptr + token * lse_stride_token + head * lse_stride_head, lse, mask=present)
 
 
 @triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_INNERMOST)
@@ -247,70 +189,6 @@ def unified_paged_kernel(
             acc, row_max, row_sum, token, head, present, out_ptr, lse_ptr, head_size_v,
             out_stride_token, out_stride_head, out_stride_dim, lse_stride_token, lse_stride_head, BLOCK_DV,
         )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=_COMBINE_RUNTIME, do_not_specialize_on_alignment=("out_stride_dim",))
-def split_kv_combine_kernel(
-    query_start_loc_ptr,  # [num_seqs + 1] int32
-    seq_lens_ptr,  # [num_seqs] int32
-    sinks_ptr,  # [num_q_heads] float32 or None
-    out_ptr,  # [num_tokens, num_q_heads, head_size_v]
-    lse_ptr,  # [num_tokens, num_q_heads] float32 or None
-    partial_out_ptr,  # [num_splits, num_tokens, num_q_heads, head_size_v] float32
-    partial_max_ptr,  # [num_splits, num_tokens, num_q_heads] float32
-    partial_sum_ptr,  # [num_splits, num_tokens, num_q_heads] float32
-    gqa_ratio: tl.int32,
-    head_size_v: tl.int32,
-    num_splits: tl.int32,
-    num_tokens: tl.int64,
-    num_q_heads: tl.int64,
-    out_stride_token: tl.int64,
-    out_stride_head: tl.int64,
-    out_stride_dim: tl.int64,
-    lse_stride_token: tl.int64,
-    lse_stride_head: tl.int64,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-):
-    """Grid (query tiles, num_kv_heads, num_seqs), the same tiles as the attention kernel."""
-    tile = tl.program_id(0)
-    kv_head = tl.program_id(1)
-    seq = tl.program_id(2)
-    query_start = tl.load(query_start_loc_ptr + seq)
-    query_len = tl.load(query_start_loc_ptr + seq + 1) - query_start
-    seq_len = tl.load(seq_lens_ptr + seq)
-    if tile * BLOCK_M >= query_len * gqa_ratio:
-        return
-
-    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    present = row // gqa_ratio < query_len
-    token = (query_start + row // gqa_ratio).to(tl.int64)
-    head = kv_head * gqa_ratio + row % gqa_ratio
-    dim_v = tl.arange(0, BLOCK_DV)
-
-    row_max, row_sum = initial_max_and_sum(sinks_ptr, head, present, BLOCK_M)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    with_keys = tl.cdiv(tl.maximum(seq_len, 0), keys_per_split(seq_len, num_splits, BLOCK_N))
-    for split in range(0, with_keys):
-        partial = (split * num_tokens + token) * num_q_heads + head
-        part_max = tl.load(partial_max_ptr + partial, mask=present, other=float("-inf"))
-        part_sum = tl.load(partial_sum_ptr + partial, mask=present, other=0.0)
-        partial_offsets = (partial * head_size_v)[:, None] + dim_v[None, :]
-        part = tl.load(
-            partial_out_ptr + partial_offsets, mask=present[:, None] & (dim_v < head_size_v)[None, :], other=0.0
-        )
-        new_max = tl.maximum(row_max, part_max)
-        alpha = rescale(row_max, new_max)
-        beta = rescale(part_max, new_max)
-        acc = acc * alpha[:, None] + part * beta[:, None]
-        row_sum = row_sum * alpha + part_sum * beta
-        row_max = new_max
-
-    store_rows(
-        acc, row_max, row_sum, token, head, present, out_ptr, lse_ptr, head_size_v,
-        out_stride_token, out_stride_head, out_stride_dim, lse_stride_token, lse_stride_head, BLOCK_DV,
-    )  # fmt: skip
 
 
 class Tiles(NamedTuple):

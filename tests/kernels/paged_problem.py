@@ -172,15 +172,16 @@ def run_strictly(launcher: Launcher, args: LaunchArguments) -> Session:
 
 
 def with_fault(contract: Contract, folder: Path, old: str, new: str) -> Launcher:
-    """The kernel with `old` replaced by `new` in a copy of its source under `folder`; `old` must occur exactly once."""
+    """The kernel with `old` replaced by `new` in a copy of its family under `folder`; `old` must occur exactly once."""
     assert contract.folder is not None
     for name in ("_shared", contract.folder.name):
         shutil.copytree(IN_TREE / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    file = folder / contract.folder.name / contract.entry.partition(":")[0]
-    source = file.read_text()
-    assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times"
-    file.write_text(source.replace(old, new))
-    return load_entry(replace(contract, folder=file.parent))
+    family = folder / contract.folder.name
+    sources = {file: file.read_text() for file in family.glob("*.py")}
+    assert sum(text.count(old) for text in sources.values()) == 1, f"{old!r} does not occur exactly once"
+    for file, text in sources.items():
+        file.write_text(text.replace(old, new))
+    return load_entry(replace(contract, folder=family))
 
 
 def wrong(built: Built) -> str | None:

@@ -1,0 +1,88 @@
+"""Split-KV: which keys a split owns, and the kernel that merges what the splits stored.
+
+Invariant: a split without keys stores nothing and is never loaded here, whatever the workspace holds; a sink enters the
+softmax here and in no split.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .softmax_rows import initial_max_and_sum, rescale, store_rows
+
+_RUNTIME = (
+    "query_start_loc_ptr", "seq_lens_ptr", "sinks_ptr", "out_ptr", "lse_ptr", "partial_out_ptr", "partial_max_ptr",
+    "partial_sum_ptr", "gqa_ratio", "head_size_v", "num_splits", "num_tokens", "num_q_heads", "out_stride_token",
+    "out_stride_head", "lse_stride_token", "lse_stride_head",
+)  # fmt: skip
+
+
+@triton.jit
+def keys_per_split(seq_len, num_splits, BLOCK_N: tl.constexpr):
+    """Keys each split owns: whole tiles, at least one."""
+    return tl.maximum(tl.cdiv(tl.cdiv(seq_len, BLOCK_N), num_splits), 1) * BLOCK_N
+
+
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=("out_stride_dim",))
+def split_kv_combine_kernel(
+    query_start_loc_ptr,  # [num_seqs + 1] int32
+    seq_lens_ptr,  # [num_seqs] int32
+    sinks_ptr,  # [num_q_heads] float32 or None
+    out_ptr,  # [num_tokens, num_q_heads, head_size_v]
+    lse_ptr,  # [num_tokens, num_q_heads] float32 or None
+    partial_out_ptr,  # [num_splits, num_tokens, num_q_heads, head_size_v] float32
+    partial_max_ptr,  # [num_splits, num_tokens, num_q_heads] float32
+    partial_sum_ptr,  # [num_splits, num_tokens, num_q_heads] float32
+    gqa_ratio: tl.int32,
+    head_size_v: tl.int32,
+    num_splits: tl.int32,
+    num_tokens: tl.int64,
+    num_q_heads: tl.int64,
+    out_stride_token: tl.int64,
+    out_stride_head: tl.int64,
+    out_stride_dim: tl.int64,
+    lse_stride_token: tl.int64,
+    lse_stride_head: tl.int64,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """Grid (query tiles, num_kv_heads, num_seqs), the same tiles as the attention kernel."""
+    tile = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    seq = tl.program_id(2)
+    query_start = tl.load(query_start_loc_ptr + seq)
+    query_len = tl.load(query_start_loc_ptr + seq + 1) - query_start
+    seq_len = tl.load(seq_lens_ptr + seq)
+    if tile * BLOCK_M >= query_len * gqa_ratio:
+        return
+
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    present = row // gqa_ratio < query_len
+    token = (query_start + row // gqa_ratio).to(tl.int64)
+    head = kv_head * gqa_ratio + row % gqa_ratio
+    dim_v = tl.arange(0, BLOCK_DV)
+
+    row_max, row_sum = initial_max_and_sum(sinks_ptr, head, present, BLOCK_M)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    with_keys = tl.cdiv(tl.maximum(seq_len, 0), keys_per_split(seq_len, num_splits, BLOCK_N))
+    for split in range(0, with_keys):
+        partial = (split * num_tokens + token) * num_q_heads + head
+        part_max = tl.load(partial_max_ptr + partial, mask=present, other=float("-inf"))
+        part_sum = tl.load(partial_sum_ptr + partial, mask=present, other=0.0)
+        partial_offsets = (partial * head_size_v)[:, None] + dim_v[None, :]
+        part = tl.load(
+            partial_out_ptr + partial_offsets, mask=present[:, None] & (dim_v < head_size_v)[None, :], other=0.0
+        )
+        new_max = tl.maximum(row_max, part_max)
+        alpha = rescale(row_max, new_max)
+        beta = rescale(part_max, new_max)
+        acc = acc * alpha[:, None] + part * beta[:, None]
+        row_sum = row_sum * alpha + part_sum * beta
+        row_max = new_max
+
+    store_rows(
+        acc, row_max, row_sum, token, head, present, out_ptr, lse_ptr, head_size_v,
+        out_stride_token, out_stride_head, out_stride_dim, lse_stride_token, lse_stride_head, BLOCK_DV,
+    )  # fmt: skip
