@@ -108,10 +108,11 @@ class Choice:
     """One of a few words."""
 
     words: tuple[str, ...]
+    noun: str = ""  # what a word is, where the name of the axis does not say
     kind: Kind = "text"
 
     def parse(self, node: Node, name: str, vocabulary: Vocabulary) -> str:
-        return one_of(text(node, name), self.words, name, span_of(node))
+        return one_of(text(node, name), self.words, self.noun or name, span_of(node))
 
     def schema(self) -> Schema:
         return {"enum": list(self.words)}
@@ -169,7 +170,7 @@ class PlacementValue:
         if label in PLACEMENTS:
             raise Mistake(span_of(node), f"'{label}' is a kind of placement: give the explicit one another name")
         entries = vocabulary.source.entries(node, name)
-        for mistake in unknown_keys(entries, ("name", "pages"), "key of a placement"):
+        for mistake in unknown_keys(entries, ("name", "pages"), "placement key"):
             vocabulary.source.add(mistake)
         if "pages" not in entries:
             raise Mistake(span_of(node), f"placement '{label}' has no pages")
@@ -247,7 +248,7 @@ AXES: Mapping[str, Axis] = {
         _axis("num_splits", Number(1, optional=True), "splits", "split-KV parts; none: the path without split-KV"),
         _axis("placement", PlacementValue(), "", "which physical pages a sequence gets"),
         _axis("rows", RowsValue(), "", "the batch: a row mix, by name or in place"),
-        _axis("data", Choice(DATA_LAWS), "", "how q, k and v are drawn"),
+        _axis("data", Choice(DATA_LAWS, "data law"), "", "how q, k and v are drawn"),
         _axis("geometry_seed", Number(0), "g", "seed of drawn lengths and of placement"),
         _axis("data_seed", Number(0), "s", "seed of values; `seed` for short"),
     )

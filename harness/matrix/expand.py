@@ -22,13 +22,15 @@ from harness.matrix.axes import AXES, case_id
 from harness.matrix.cover import Constraint, CoverError, Model, check, cover
 from harness.matrix.matrix import Matrix, Rule, Supported, Tier, Values
 from harness.matrix.rows import ROWS_AXES, RowMix
-from harness.matrix.source import Mistake, Span
+from harness.matrix.source import MatrixError, Mistake, Span
 from harness.problem.admission import law_refusal, placement_refusal
 
 _NO_ROWS = (1,), (16,)  # stands in where a batch is not known yet or does not matter
 _HEADS = frozenset({"num_q_heads", "gqa_ratio"})
 _LAW_AXES = frozenset({"data", "logits_soft_cap", "alibi", "causal"})
 _PLACEMENT_AXES = ROWS_AXES | {"placement"}
+Spans = Mapping[tuple[str, Any], Span]
+Predicate = Callable[[Mapping[str, Any]], bool]
 _COUPLED = (frozenset({"head_size", "head_size_v"}), ROWS_AXES)  # axes that one clause of a contract looks at together
 _TUPLES = {0: "values", 1: "values", 2: "pairs", 3: "triples"}
 _CANDIDATES = {0: 1, 1: 1, 2: 12, 3: 4}  # tries per row of a cover: small tiers are worth squeezing
@@ -98,7 +100,7 @@ def expand(matrix: Matrix, tier_name: str, supported: Supported) -> Expansion:
             found.setdefault(case, entry.span.line)
     if not found:
         what = f"tier '{tier.name}' selects no case: the contracts of {', '.join(matrix.kernels)} admit none"
-        _fail(matrix, Mistake(tier.span, what))
+        raise _error(matrix, Mistake(tier.span, what))
     if len({case_id(case) for case in found}) != len(found):
         raise AssertionError(f"{matrix.path}: two cases of tier '{tier.name}' share an id")
     return Expansion(matrix, tier.name, tuple(found), tuple(found.values()), coverage)
@@ -154,53 +156,62 @@ def check_tier(matrix: Matrix, tier: Tier) -> Iterator[Mistake]:
     """What is wrong with the combinations of `tier`, contracts aside."""
     if tier.cover is not None or tier.full:
         where = f"tier '{tier.name}'"
-        yield from _check_values(matrix, tier_values(matrix, tier), tier.span, where)
+        yield from _check_values(matrix, tier_values(matrix, tier), where, tier.span, matrix.spans)
     for entry in tier.entries:
-        yield from _check_values(matrix, entry_values(matrix, tier, entry.values), entry.span, "this entry")
+        where = f"the entry on line {entry.span.line}"
+        yield from _check_values(matrix, entry_values(matrix, tier, entry.values), where, entry.span, {})
 
 
-def _check_values(matrix: Matrix, values: Values, span: Span, where: str) -> Iterator[Mistake]:
-    """One mistake at most per axis and per rule: the narrower the reason, the better."""
-    if not values["rows"][0]:
+def _check_values(matrix: Matrix, values: Values, where: str, span: Span, spans: Spans) -> Iterator[Mistake]:
+    """The narrowest reasons: single values that are never possible; else one constraint; else all of them."""
+    if values["rows"] == (None,):
         yield Mistake(span, f"{where} has no rows: give the axis 'rows' a row mix")
         return
-    before = 0
-    for mistake in _never(matrix, values, span, where):
-        before += 1
-        yield mistake
-    if before:
+    never = [
+        *_indivisible(values, where, span, spans),
+        *_meaningless_rows(matrix, values, where, span, spans),
+        *_refused(matrix, values, where, span, spans),
+    ]
+    yield from never
+    if never:
         return
     for rule in matrix.rules:
         if Model(values, constraints(matrix.name, [rule])).possible() is None:
-            yield Mistake(rule.span, f"constraint '{rule.where.text}' excludes every case of {_place(where, span)}")
+            place = rule.span if spans else span  # an entry breaks a constraint; a whole tier is broken by one
+            yield Mistake(place, f"the constraint excludes every case of {where}: {rule.where.text}")
             return
     if Model(values, constraints(matrix.name, matrix.rules)).possible() is None:
         yield Mistake(span, f"{where} selects no case: the constraints together exclude every combination")
 
 
-def _never(matrix: Matrix, values: Values, span: Span, where: str) -> Iterator[Mistake]:
-    """Values that meet an implied constraint in no combination."""
+def _indivisible(values: Values, where: str, span: Span, spans: Spans) -> Iterator[Mistake]:
     heads = values["num_q_heads"]
     for ratio in values["gqa_ratio"]:
         if all(head % ratio for head in heads):
-            place = matrix.spans.get(("gqa_ratio", ratio), span)
-            many = ", ".join(str(head) for head in heads)
-            yield Mistake(place, f"gqa_ratio {ratio} does not divide num_q_heads {many} of {_place(where, span)}")
+            what = f"gqa_ratio {ratio} does not divide num_q_heads {_list(heads)} of {where}"
+            yield Mistake(spans.get(("gqa_ratio", ratio), span), what)
+
+
+def _meaningless_rows(matrix: Matrix, values: Values, where: str, span: Span, spans: Spans) -> Iterator[Mistake]:
     for mix in values["rows"]:
         if not any(assemble(matrix.name, chosen) for chosen in _products(values, ROWS_AXES, rows=mix)):
-            pages, windows = (
-                ", ".join("none" if v is None else str(v) for v in values[name])
-                for name in ("page_size", "sliding_window")
-            )
-            what = f"row mix '{mix.name}' has no valid lengths for page_size {pages} and sliding_window {windows}"
-            yield Mistake(span, f"{what} of {_place(where, span)}")
+            pages, windows = _list(values["page_size"]), _list(values["sliding_window"])
+            what = f"row mix '{mix.name}' has no valid lengths with page_size {pages} and sliding_window {windows}"
+            yield Mistake(spans.get(("rows", mix), span), f"{what} of {where}")
+
+
+def _refused(matrix: Matrix, values: Values, where: str, span: Span, spans: Spans) -> Iterator[Mistake]:
     for axis, axes, refusal in (("data", _LAW_AXES, law_refusal), ("placement", _PLACEMENT_AXES, placement_refusal)):
         for value in values[axis]:
             tried = (assemble(matrix.name, chosen) for chosen in _products(values, axes, **{axis: value}))
             refusals = [refusal(case) for case in tried if case is not None]
             if refusals and all(refusals):
-                place = matrix.spans.get((axis, value), span)
-                yield Mistake(place, f"{refusals[0]} (in every combination of {_place(where, span)})")
+                what = f"{refusals[0]} (in every combination of {where})"
+                yield Mistake(spans.get((axis, value), span), what)
+
+
+def _list(values: Iterable[object]) -> str:
+    return ", ".join("none" if value is None else str(value) for value in values)
 
 
 def _products(values: Values, axes: frozenset[str], **given: object) -> Iterator[dict[str, Any]]:
@@ -208,10 +219,6 @@ def _products(values: Values, axes: frozenset[str], **given: object) -> Iterator
     names = sorted(axes)
     for row in product(*((given[name],) if name in given else values[name] for name in names)):
         yield dict(zip(names, row, strict=True))
-
-
-def _place(where: str, span: Span) -> str:
-    return where if where.startswith("tier") else f"the entry on line {span.line}"
 
 
 def _cases(matrix: Matrix, values: Values) -> Iterator[Case]:
@@ -264,15 +271,18 @@ def contract_constraints(name: str, values: Values, supported: Supported) -> lis
     def clause(group: frozenset[str]) -> Constraint:
         def holds(assignment: Mapping[str, Any]) -> bool:
             base = bases[assignment["kernel"]]
-            return base is None or admitted({**base, **{axis: assignment[axis] for axis in group}})
+            return base is not None and admitted({**base, **{axis: assignment[axis] for axis in group}})
 
         return Constraint(group | {"kernel"}, holds)
 
     return [*(clause(group) for group in (*groups, *_COUPLED)), Constraint(frozenset(values), admitted)]
 
 
-def _admitted_case(kernel: str, values: Values, admitted: Any) -> dict[str, Any] | None:  # noqa: ANN401
-    """Some assignment that the contract of `kernel` admits: the plainest, else one drawn from `values`."""
+def _admitted_case(kernel: str, values: Values, admitted: Predicate) -> dict[str, Any] | None:
+    """Some assignment that the contract of `kernel` admits: the plainest, else one drawn from `values`.
+
+    A kernel that admits neither the plain case nor any of 2,000 drawn ones takes no part: None.
+    """
     plain = {axis.name: axis.default for axis in AXES.values()} | {"kernel": kernel}
     rng = random.Random(0)
     for attempt in range(2000):
@@ -283,10 +293,5 @@ def _admitted_case(kernel: str, values: Values, admitted: Any) -> dict[str, Any]
     return None
 
 
-def _error(matrix: Matrix, mistake: Mistake) -> Exception:
-    matrix.source.add(mistake)
-    return matrix.source.error()
-
-
-def _fail(matrix: Matrix, mistake: Mistake) -> None:
-    raise _error(matrix, mistake)
+def _error(matrix: Matrix, mistake: Mistake) -> MatrixError:
+    return MatrixError(matrix.source.path, matrix.source.lines, [mistake])

@@ -90,7 +90,7 @@ class _Compiler:
             return self._arithmetic(node)
         if isinstance(node, ast.Compare):
             return self._compare(node)
-        raise self.error(node, f"{type(node).__name__.lower()} is not allowed here")
+        raise self.error(node, f"'{ast.unparse(node)}' is not allowed here: only comparisons, logic and arithmetic")
 
     def _constant(self, node: ast.Constant) -> tuple[Evaluate, Kind]:
         value = node.value
@@ -184,7 +184,7 @@ class _Compiler:
     def _equality(self, left: ast.expr, right: ast.expr) -> Evaluate:
         (a, kind_a), (b, kind_b) = self.compile(left), self.compile(right)
         if kind_a != kind_b and "none" not in (kind_a, kind_b):
-            what = f"'{ast.unparse(left)}' is a {kind_a}, '{ast.unparse(right)}' a {kind_b}: they are never equal"
+            what = f"{ast.unparse(left)} is a {kind_a}, {ast.unparse(right)} a {kind_b}: they are never equal"
             raise self.error(right, what)
         self._check_word(left, right)
         self._check_word(right, left)

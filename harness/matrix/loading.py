@@ -109,8 +109,10 @@ class _Loader:
         expectations = tuple(self._expectations(entries))
         self.source.finish()
         matrix = Matrix(self.path, name, about, values, rules, must_see, tiers, expectations, self.source, self.spans)
-        for tier in tiers.values():
-            for mistake in check_tier(matrix, tier):
+        noted: set[Span] = set()
+        for tier in tiers.values():  # what is wrong in one place is wrong once, however many tiers meet it
+            for mistake in [m for m in check_tier(matrix, tier) if m.span not in noted]:
+                noted.add(mistake.span)
                 self.source.add(mistake)
         self.source.finish()
         return matrix
@@ -146,7 +148,7 @@ class _Loader:
                         if axis == "kernel":
                             raise Mistake(span_of(key), "the kernels of a matrix go under 'kernels'")
                         if axis in found:
-                            raise Mistake(span_of(key), f"axis '{axis}' already has values above")
+                            raise Mistake(span_of(key), f"axis '{axis}' already has values elsewhere")
                         if several:
                             found[axis] = self._list_of(axis, node, f"axes.{axis}")
                         else:
@@ -181,7 +183,7 @@ class _Loader:
         for axis, key, node in self._axes_of(entries):
             with self.source.collect():
                 if axis in found:
-                    raise Mistake(span_of(key), f"axis '{axis}' already has values above")
+                    raise Mistake(span_of(key), f"axis '{axis}' already has values elsewhere")
                 several = isinstance(node, SequenceNode)
                 found[axis] = self._list_of(axis, node, f"{what}.{axis}") if several else (self._value(axis, node),)
         return found
@@ -196,7 +198,7 @@ class _Loader:
         if not isinstance(node, MappingNode):
             return Rule(self._where(node), "", span_of(node))
         fields = self.source.entries(node, "a constraint")
-        for mistake in unknown_keys(fields, ("require", "because"), "key of a constraint"):
+        for mistake in unknown_keys(fields, ("require", "because"), "constraint key"):
             self.source.add(mistake)
         if "require" not in fields:
             raise Mistake(span_of(node), "the constraint has no 'require'")
@@ -236,7 +238,7 @@ class _Loader:
                 raise Mistake(span_of(node), f"a tier is full or a mapping such as {{cover: 2}}, not '{node.value}'")
             return Tier(name, span, full=True)
         fields = self.source.entries(node, f"tier '{name}'")
-        for mistake in unknown_keys(fields, TIER_KEYS, "key of a tier"):
+        for mistake in unknown_keys(fields, TIER_KEYS, "tier key"):
             self.source.add(mistake)
         chosen = [key for key in ("cover", "full", "list") if key in fields]
         if len(chosen) != 1:
@@ -245,7 +247,9 @@ class _Loader:
         chosen_node = fields[chosen[0]][1]
         cover = None
         if "cover" in fields:
-            cover = int(one_of(text(chosen_node, "cover"), ("2", "3"), "strength of a cover", span_of(chosen_node)))
+            if (word := text(chosen_node, "cover")) not in ("2", "3"):
+                raise Mistake(span_of(chosen_node), f"cover is 2 or 3, not '{word}'")
+            cover = int(word)
         if "full" in fields and (word := text(chosen_node, "full")) != "true":
             raise Mistake(span_of(chosen_node), f"full is true or left out, not '{word}'")
         shrink: Values | None = None
@@ -267,7 +271,7 @@ class _Loader:
 
     def _expectation(self, node: Node) -> Expectation:
         fields = self.source.entries(node, "an expectation")
-        for mistake in unknown_keys(fields, EXPECT_KEYS, "key of an expectation"):
+        for mistake in unknown_keys(fields, EXPECT_KEYS, "expectation key"):
             self.source.add(mistake)
         missing = [key for key in EXPECT_KEYS if key not in fields]
         if missing:

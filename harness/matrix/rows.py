@@ -21,7 +21,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from yaml import Node
+from yaml import Node, ScalarNode
 
 from harness.case import Rows
 from harness.matrix.expression import Expression, ExpressionError, Kind, parse_expression
@@ -30,7 +30,6 @@ from harness.matrix.source import (
     Source,
     Span,
     items,
-    one_of,
     span_of,
     span_within,
     text,
@@ -105,7 +104,7 @@ def parse_mix(source: Source, node: Node, name: str) -> RowMix:
     what = f"row mix '{name}'"
     entries = {key: pair for key, pair in source.entries(node, what).items() if key != "name"}
     drawn = "num_seqs" in entries
-    for mistake in unknown_keys(entries, DRAWN_KEYS if drawn else LISTED_KEYS, f"key of {what}"):
+    for mistake in unknown_keys(entries, DRAWN_KEYS if drawn else LISTED_KEYS, "row mix key"):
         source.add(mistake)
     for key in LISTED_KEYS:
         if key not in entries:
@@ -145,7 +144,8 @@ def _parse_drawn(values: Mapping[str, Node], name: str, what: str) -> RowMix:
     decode = []
     for key, row in (("first", 0), ("last", -1)):
         if key in values:
-            one_of(text(values[key], key), ("decode",), f"kind of {key} row", span_of(values[key]))
+            if (word := text(values[key], key)) != "decode":
+                raise Mistake(span_of(values[key]), f"{key} is decode or left out, not '{word}'")
             decode.append(row)
     queries = _range(values["query_lens"], f"query_lens of {what}", 1)
     contexts = _range(values["context_lens"], f"context_lens of {what}", -1)
@@ -153,7 +153,7 @@ def _parse_drawn(values: Mapping[str, Node], name: str, what: str) -> RowMix:
 
 
 def _range(node: Node, what: str, smallest: int) -> tuple[int, int]:
-    found = _RANGE.fullmatch(text(node, what).strip())
+    found = _RANGE.fullmatch(node.value) if isinstance(node, ScalarNode) else None
     if not found:
         raise Mistake(span_of(node), f"{what} is a range such as 16..1024 (num_seqs asks for a draw)")
     low, high = int(found[1]), int(found[2])
@@ -167,8 +167,9 @@ def parse_mixes(source: Source, node: Node, what: str) -> dict[str, RowMix]:
     found: dict[str, RowMix] = {}
     with source.collect():
         for name, (key, value) in source.entries(node, what).items():
+            found[name] = RowMix(name, (("1", "0"),))  # stands in, so that a broken mix is not unknown as well
             with source.collect():
-                found[check_name(name, span_of(key), "row mix")] = parse_mix(source, value, name)
+                found[name] = parse_mix(source, value, check_name(name, span_of(key), "row mix"))
     return found
 
 
