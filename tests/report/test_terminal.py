@@ -212,7 +212,7 @@ def test_an_empty_run_has_totals_only() -> None:
 
 def everything() -> list[Record]:
     odd = [record(f"m-{o.value}", o, "some reason " * 12) for o in Outcome]
-    return [*green(), *many(20), *odd]
+    return [*green(), *many(20), record(LONG, Outcome.CRASH, "signal 11"), *odd]
 
 
 def test_nothing_is_wider_than_80_columns_but_what_is_there_to_be_copied() -> None:
@@ -220,7 +220,7 @@ def test_nothing_is_wider_than_80_columns_but_what_is_there_to_be_copied() -> No
     wide = [line for line in text.splitlines() if len(line) > 80]
     assert all(re.match(r"Reproduce: |[A-Z_]+  \S+  |[A-Z_]+  \S+$", line) for line in wide)
     blocks = failures_text(everything(), max_blocks=99)
-    assert max(len(line) for line in blocks.splitlines() if not line.startswith("Reproduce")) <= 80
+    assert max(len(line) for line in blocks.splitlines() if LONG not in line and "Reproduce" not in line) <= 80
 
 
 def test_colour_adds_colour_and_nothing_else() -> None:
@@ -237,6 +237,13 @@ def test_colour_adds_colour_and_nothing_else() -> None:
         (render_summary(records, HEADER, {}), summary_text(records, HEADER, {})),
     ):
         assert [line.rstrip() for line in rich_text.plain.splitlines()] == text.splitlines()
+
+
+def test_heat_shows_the_least_share_and_keeps_the_darkest_for_all() -> None:
+    strip = {"axis": "head", "size": 6, "per_cell": 1, "fractions": [0.0, 0.0001, 0.5, 0.7, 0.999, 1.0]}
+    text = failure_text(record(reason="wrong", explanation={"heat": [strip, strip | {"per_cell": 4}]}))
+    assert "  heat         heads  .-+**#\n               heads  .-+**# (4 per cell)\n" in text
+    assert "  why          wrong\n" in text
 
 
 def test_markup_in_reasons_stays_text() -> None:

@@ -141,10 +141,21 @@ def test_a_page_of_queries_is_a_range_of_positions() -> None:
 
 
 def test_hints_need_a_case_that_could_show_the_opposite() -> None:
-    case = Case("planted", "k", Rows("one", (1,), (9,)), num_q_heads=2, head_size=64)
-    mask = blank(case)
+    one = Case("planted", "k", Rows("one", (1,), (9,)), num_q_heads=2, head_size=64)
+    mask = blank(one)
     mask[0, :, :32] = True
-    assert "seen" not in explain(mask, case)["rows"]
+    assert "seen" not in explain(mask, one)["rows"]
+    two = Case("planted", "k", Rows("two", (1, 1), (9, 9)), num_q_heads=2, gqa_ratio=2, head_size=64)
+    mask = blank(two)
+    mask[0, 1] = True  # no prefill rows, one kv head, a head size that is a power of two
+    assert explain(mask, two)["rows"]["seen"] == ["only sequence 0 is wrong"]
+
+
+def test_a_short_row_is_not_called_the_partial_tile_of_a_long_one() -> None:
+    case = Case("planted", "k", Rows("short", (1, 9, 1), (40, 20, 7)), num_q_heads=2, head_size=8)
+    mask = blank(case)
+    mask[1:10] = True  # all of it: nothing is behind a full tile
+    assert explain(mask, case)["rows"]["seen"] == ["only prefill rows are wrong: 1 of 1", "only sequence 1 is wrong"]
 
 
 def test_every_wrong_element_unwritten_or_nan_is_said() -> None:
