@@ -1,6 +1,6 @@
 """Needles: queries whose softmax is exactly one on a chosen key, so that the output is that key's value to the bit.
 
-Invariant: for every (token, head), the score of the target exceeds the score of every other seen key, and the sink, by
+Invariant: for every (token, head), the score of the target exceeds the score of every other seen key, 0 and the sink by
 at least 120, ALiBi included; exp(-120) is far below the unit roundoff of float32. Gaps are measured on the keys as the
 cache stores them.
 """
@@ -61,7 +61,9 @@ def needle_queries(
     q = torch.zeros((case.rows.num_tokens, heads, case.head_size), dtype=element.torch, device=device)
     slope = torch.zeros(heads) if slopes is None else torch.tensor(slopes, dtype=torch.float32)
     slope = slope.to(device=device, dtype=torch.float64)
-    sink = None if sinks is None else sinks.to(torch.float64)
+    rival = torch.zeros_like(slope)  # [heads] a key of zeros where none should be, or the sink: ALiBi touches neither
+    if sinks is not None:
+        rival = torch.maximum(rival, sinks.to(torch.float64))
     powers = torch.tensor([2.0**e for e in range(-40, 128)], dtype=torch.float64, device=device)
     longest = max(case.rows.seq_lens)
     for span in spans(case.rows, device, max(1, _CHUNK // (heads * max(longest, 1)))):
@@ -73,9 +75,8 @@ def needle_queries(
         dots = _dots(chosen, keys)  # [tokens, heads, keys]
         own = dots.gather(2, target[:, :, None])[:, :, 0]  # [tokens, heads]
         needed = _needed(case, span, target, dots, own, slope)
-        if sink is not None:  # one more logit, which ALiBi does not touch
-            bias = slope * (target - span.query_pos[:, None])  # [tokens, heads]
-            needed = torch.maximum(needed, (_MARGIN + sink - bias) / own)
+        bias = slope * (target - span.query_pos[:, None])  # [tokens, heads]
+        needed = torch.maximum(needed, (_MARGIN + rival - bias) / own)
         needed = needed / torch.full_like(own, k_scale * softmax_scale)
         needed = torch.where(seen, needed, torch.zeros_like(needed))
         _refuse_twins(span, needed, target)
