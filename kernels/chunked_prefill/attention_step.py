@@ -14,22 +14,26 @@ import triton.language as tl
 from .._shared.paged_tile import cache_offsets, soft_cap
 
 
+NUM_WARPS = 8
+NUM_STAGES = 1  # page-table indirection leaves nothing to pipeline
+
+
 class Tiling(NamedTuple):
     """Compile-time sizes of a launch. Head sizes are padded to powers of two, their loads and stores masked."""
 
+    queries: int  # per tile (prefill)
     keys: int  # per tile
     head_size: int
     head_size_v: int
-    num_warps: int
-    num_stages: int
 
 
 def tiling(head_size: int, head_size_v: int, element_size: int) -> Tiling:
-    """Sizes that fit the shared memory of the GPUs in use (227 KB on an H200, 64 KB on an MI300X for head size 128)."""
+    """Sizes that keep a program within 227 KB of shared memory. float32 products take no matrix unit: fewer queries."""
     padded, padded_v = (max(16, triton.next_power_of_2(d)) for d in (head_size, head_size_v))
     row_bytes = max(padded, padded_v) * element_size
-    keys = 64 if row_bytes <= 256 else 32
-    return Tiling(keys, padded, padded_v, 8 if row_bytes >= 512 else 4, 1 if row_bytes >= 512 else 2)
+    keys = 64 if row_bytes <= 256 else 32 if row_bytes <= 2048 else 16
+    queries = 64 if element_size == 2 else 32 if row_bytes <= 2048 else 16
+    return Tiling(queries, keys, padded, padded_v)
 
 
 @triton.jit
@@ -50,7 +54,7 @@ def load_cached(
     VECTOR: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """[keys, dims] of K or V in DTYPE, 0 where a key or a dim does not exist. fp8: (payload -> fp32) * scale -> DTYPE."""
+    """[keys, dims] of K or V in DTYPE, 0 where key or dim does not exist. fp8: (payload -> fp32) * scale -> DTYPE."""
     offset = cache_offsets(
         page[:, None],
         slot[:, None],
@@ -91,7 +95,7 @@ def masked_scores(
 
 @triton.jit
 def fold(scores, v, row_max, row_sum, acc):
-    """Fold scores [queries, keys] and v [keys, dims] into the running maximum, sum [queries] and acc [queries, dims]."""
+    """Fold scores [queries, keys] and v [keys, dims] into row_max, row_sum [queries] and acc [queries, dims]."""
     new_max = tl.maximum(row_max, tl.max(scores, 1))
     shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # -inf - -inf would be NaN
     p = tl.exp(scores - shift[:, None])

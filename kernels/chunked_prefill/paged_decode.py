@@ -13,7 +13,7 @@ import triton.language as tl
 from harness.kernel.arguments import LaunchArguments
 
 from .._shared.paged_tile import key_strides, page_size_of, value_strides, visible
-from .attention_step import finish, fold, load_cached, masked_scores, tiling
+from .attention_step import NUM_STAGES, NUM_WARPS, finish, fold, load_cached, masked_scores, tiling
 
 # As in prefix_prefill: everything but the innermost strides is a runtime value that no compilation depends on.
 _RUNTIME = [
@@ -168,8 +168,8 @@ def paged_decode(
         KEYS=tile.keys,
         DIMS=tile.head_size,
         DIMS_V=tile.head_size_v,
-        num_warps=4,
-        num_stages=tile.num_stages,
+        num_warps=NUM_WARPS,
+        num_stages=NUM_STAGES,
     )  # fmt: skip
 
 

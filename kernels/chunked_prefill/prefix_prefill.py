@@ -13,9 +13,7 @@ import triton.language as tl
 from harness.kernel.arguments import LaunchArguments
 
 from .._shared.paged_tile import key_strides, page_size_of, value_strides, visible
-from .attention_step import finish, fold, load_cached, masked_scores, tiling
-
-QUERIES = 64  # per program
+from .attention_step import NUM_STAGES, NUM_WARPS, finish, fold, load_cached, masked_scores, tiling
 
 # Lengths, sizes and strides are runtime values: one compilation serves them all. Only the innermost strides stay
 # specialised, so that a contiguous axis (stride 1) is loaded in vectors.
@@ -113,7 +111,7 @@ def prefix_prefill_kernel(
     row_max = tl.full([QUERIES], float("-inf"), tl.float32)
     row_sum = tl.zeros([QUERIES], tl.float32)
     if sinks_ptr is not None:  # the sink is one more logit, with no value
-        row_max += tl.load(sinks_ptr + q_head)
+        row_max = tl.zeros([QUERIES], tl.float32) + tl.load(sinks_ptr + q_head)
         row_sum += 1.0
     acc = tl.zeros([QUERIES, DIMS_V], tl.float32)
     slope = None
@@ -209,7 +207,7 @@ def prefix_prefill(
     """
     tile = tiling(q.shape[2], v.shape[2], q.element_size())
     ks, vs = key_strides(k_cache, layout), value_strides(v_cache, layout)
-    grid = (seq_lens.shape[0], q.shape[1], triton.cdiv(max_query_len, QUERIES))
+    grid = (seq_lens.shape[0], q.shape[1], triton.cdiv(max_query_len, tile.queries))
     prefix_prefill_kernel[grid](
         q, k, v, out, lse, k_cache, v_cache, k_scale, v_scale, block_table, query_start_loc, seq_lens,
         alibi_slopes, sinks,
@@ -221,18 +219,19 @@ def prefix_prefill(
         VECTOR=ks.vector,
         CAUSAL=causal,
         HAS_SOFT_CAP=logits_soft_cap > 0,
-        QUERIES=QUERIES,
+        QUERIES=tile.queries,
         KEYS=tile.keys,
         DIMS=tile.head_size,
         DIMS_V=tile.head_size_v,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        num_warps=NUM_WARPS,
+        num_stages=NUM_STAGES,
     )  # fmt: skip
 
 
 def launch(args: LaunchArguments, *, skip_decode: bool = False) -> None:
-    """Adapter. Class `context`: args.k and args.v are given."""
-    assert args.k is not None and args.v is not None, "new tokens arrive as k and v"
+    """Adapter. Class `context`; ValueError without args.k and args.v."""
+    if args.k is None or args.v is None:
+        raise ValueError("prefix_prefill takes the new tokens as k and v; got None")
     prefix_prefill(
         args.q, args.k, args.v, args.out, args.k_cache, args.v_cache, args.layout,
         args.block_table, args.query_start_loc, args.seq_lens, args.max_query_len,
