@@ -114,7 +114,7 @@ def _wrong_per_index(mask: torch.Tensor, axis: int) -> list[int]:
 
 def _paired(mask: torch.Tensor, sets: Sequence[tuple[int, ...]], wrong: int) -> tuple[int, int] | None:
     """An axis that factorises out of a mask that is not a full product, with the pairs that remain."""
-    if mask.dim() != 3:
+    if mask.dim() != 3 or _product([len(s) for s in sets]) == wrong:
         return None
     for axis in (2, 0, 1):
         pairs = int(mask.any(dim=axis).sum())
