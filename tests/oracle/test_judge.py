@@ -50,7 +50,7 @@ def _head_dim_tail(inputs: AttentionInputs) -> AttentionInputs:
     return replace(inputs, q=q)
 
 
-FAULTS: dict[str, tuple[dict[str, Any], Change, dict[str, int]]] = {  # features, fault in the inputs, in the mask
+FAULTS: dict[str, tuple[dict[str, Any], Change, dict[str, Any]]] = {  # features, fault in the inputs, in the mask
     "newest token dropped": ({}, lambda i: i, {"dropped_keys": 1}),
     "newest token zero": ({}, _zero_newest, {}),
     "window one wider": ({"sliding_window": 37}, lambda i: replace(i, sliding_window=38), {}),
@@ -63,9 +63,13 @@ FAULTS: dict[str, tuple[dict[str, Any], Change, dict[str, int]]] = {  # features
     "head_size tail ignored": ({"size": 40}, _head_dim_tail, {}),
     "soft cap ignored": ({"logits_soft_cap": 2.0}, lambda i: replace(i, logits_soft_cap=None), {}),
     "alibi ignored": ({"alibi": True}, lambda i: replace(i, alibi_slopes=None), {}),
-    "alibi slopes of other heads": ({"alibi": True}, lambda i: replace(i, alibi_slopes=i.alibi_slopes.flip(0)), {}),
+    "alibi slopes of other heads": (
+        {"alibi": True},
+        lambda i: replace(i, alibi_slopes=2.0 ** -torch.arange(4.0, 0, -1)),
+        {},
+    ),
     "sinks ignored": ({"sinks": True}, lambda i: replace(i, sinks=None), {}),
-    "sink of another head": ({"sinks": True}, lambda i: replace(i, sinks=i.sinks.roll(1)), {}),
+    "sink of another head": ({"sinks": True}, lambda i: replace(i, sinks=torch.linspace(6.0, 2.0, 4)), {}),
     "v head swapped": ({}, lambda i: replace(i, v=i.v.flip(1)), {}),
     "v 2 % too large": ({}, lambda i: replace(i, v=1.02 * i.v), {}),
 }
@@ -172,6 +176,18 @@ def test_clean_masks_have_the_right_shape_and_strided_outputs_are_read_right() -
     assert findings.clean
     assert [t.mismatched.shape for t in findings.tensors] == [out.shape, lse.shape]
     assert not any(bool(t.mismatched.any()) for t in findings.tensors)
+
+
+@pytest.mark.parametrize(("ratio", "clean"), [(0.999, True), (1.001, False), (-0.999, True), (-1.001, False)])
+def test_the_limit_is_the_tolerance(ratio: float, clean: bool) -> None:
+    inputs = make_case(lengths=((4, 2), (9, 0)))
+    reference = attend(inputs, rounding_of(PROFILE, "fp16"))
+    allowed = tolerance(reference, PROFILE, "fp16", 64)
+    assert bool((allowed.lse[4:] == 0).all())  # rows that see nothing: -inf exactly
+    lse = torch.where(reference.lse.isfinite(), reference.lse + ratio * allowed.lse, reference.lse)
+    for tensor in judge(reference.out + ratio * allowed.out, lse, reference, allowed).tensors:
+        assert (tensor.num_mismatched == 0) == clean
+        assert tensor.err_over_tol == pytest.approx(abs(ratio))
 
 
 def test_a_reference_that_is_not_a_number_passes_nothing() -> None:

@@ -148,8 +148,8 @@ def test_one_key_is_copied() -> None:
 def test_keys_given_twice_add_ln_2() -> None:
     inputs = make_inputs((2, 1), (9, 4), causal=False)
     once = attend(inputs, ROUNDINGS["bf16"])
-    k = torch.cat([piece for piece in torch.split(inputs.k, inputs.seq_lens) for _ in range(2)])
-    v = torch.cat([piece for piece in torch.split(inputs.v, inputs.seq_lens) for _ in range(2)])
+    k = torch.cat([piece for piece in torch.split(inputs.k, list(inputs.seq_lens)) for _ in range(2)])
+    v = torch.cat([piece for piece in torch.split(inputs.v, list(inputs.seq_lens)) for _ in range(2)])
     twice = attend(replace(inputs, k=k, v=v, seq_lens=(18, 8)), ROUNDINGS["bf16"])
     assert_equal("out", twice.out, once.out)
     assert_equal("lse", twice.lse, once.lse + math.log(2))
