@@ -1,5 +1,6 @@
 """Annotations of a module that evaluates them (no future import): types and Triton's short names are both honoured."""
 
+# ruff: noqa: ANN001, ANN201 - arguments of kernels get their types at the launch.
 import pytest
 import torch
 import triton

@@ -1,5 +1,6 @@
 """Hints to the compiler are checked against the values they are given."""
 
+# ruff: noqa: ANN001, ANN201 - arguments of kernels get their types at the launch.
 from __future__ import annotations
 
 import numpy as np

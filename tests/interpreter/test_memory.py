@@ -1,5 +1,6 @@
 """Memory: accesses outside buffers, stores to inputs, elements stored twice, order of programs."""
 
+# ruff: noqa: ANN001, ANN201 - arguments of kernels get their types at the launch.
 from __future__ import annotations
 
 import numpy as np
@@ -145,7 +146,7 @@ def test_two_programs_storing_one_element() -> None:
 @triton.jit
 def accumulate_kernel(dst):
     i = tl.arange(0, 16)
-    for step in range(3):
+    for _ in range(3):
         tl.store(dst + i, tl.load(dst + i) + 1.0)
 
 

@@ -1,5 +1,6 @@
 """Values: what the stock interpreter computes wrongly is shown wrong first, then right under the strict one."""
 
+# ruff: noqa: ANN001, ANN201 - arguments of kernels get their types at the launch.
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -297,13 +298,14 @@ def nan_kernel(x, out, ALL: tl.constexpr):
     tl.store(out + 6, tl.minimum(1.0, one))
     value, index = tl.max(a, 1, return_indices=True)
     tl.store(out + 8 + tl.arange(0, 2), value)
+    tl.store(out + 10 + tl.arange(0, 2), index.to(tl.float32))
 
 
 def test_nan_does_not_vanish_from_a_maximum() -> None:
-    x, out = torch.arange(32.0), torch.zeros(10)
+    x, out = torch.arange(32.0), torch.zeros(12)
     x[0] = NAN
     nan_kernel[(1,)](x, out, ALL=tl.PropagateNan.ALL)
     assert out[:2].tolist() == [15, 31]  # stock drops it
     strictly(lambda: nan_kernel[(1,)](x, out, ALL=tl.PropagateNan.ALL))
-    want = torch.tensor([NAN, 31, NAN, 16, 1, NAN, 1, 0, NAN, 31])
+    want = torch.tensor([NAN, 31, NAN, 16, 1, NAN, 1, 0, NAN, 31, 0, 15])
     torch.testing.assert_close(out, want, equal_nan=True)
