@@ -13,7 +13,6 @@ import triton.language as tl
 
 from .._shared.paged_tile import cache_offsets, soft_cap
 
-
 NUM_WARPS = 8
 NUM_STAGES = 1  # page-table indirection leaves nothing to pipeline
 
