@@ -29,14 +29,14 @@ MATRICES = ("contexted_kv", "contexted_kv_alibi")
 def run_pass(worker: int, workers: int, quick: bool) -> dict[str, Any]:
     """Two rounds over this worker's share of the cases, in this process."""
     from harness.kernel.registry import find_kernels
-    from harness.matrix.expand import case_id
-    from harness.matrix.matrix import load
+    from harness.matrix.axes import case_id
+    from harness.matrix.loading import load
     from harness.run.run_case import Options, resolve_device, run_case
 
     kernels = find_kernels()
     cases = []
     for name in MATRICES:
-        matrix = load(PROJECT / "cases" / f"{name}.yaml", kernels=kernels)
+        matrix = load(PROJECT / "cases" / f"{name}.yaml", kernel_names=kernels)
         tier = "smoke" if quick else "nightly"
         cases += matrix.expand(tier, supported=lambda case: kernels[case.kernel].unsupported(case)).cases
     cases = cases[worker::workers][: 4 if quick else None]

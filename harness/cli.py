@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,13 +50,13 @@ def _run(arguments: list[str]) -> int:
 
 def _check(paths: Sequence[Path]) -> int:
     from harness.items import matrix_files
-    from harness.matrix.expand import TIERS
-    from harness.matrix.matrix import load
+    from harness.matrix.loading import load
+    from harness.matrix.matrix import TIERS
 
     kernels, mistakes = find_kernels(), 0
     for path in matrix_files(paths):
         try:
-            matrix = load(path, kernels=kernels)
+            matrix = load(path, kernel_names=kernels)
             counts = {tier: len(matrix.expand(tier, supported=lambda case: kernels[case.kernel].unsupported(case)).cases) for tier in TIERS}
         except AttnregError as error:
             sys.stderr.write(f"{error}\n")
@@ -83,7 +82,7 @@ def _plants() -> int:
 
 
 def _schema() -> int:
-    from harness.matrix.schema import json_schema
+    from harness.matrix.schema import render
 
-    sys.stdout.write(json.dumps(json_schema(), indent=2) + "\n")
+    sys.stdout.write(render())
     return 0

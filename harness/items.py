@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from harness.errors import AttnregError
-from harness.matrix.expand import case_id
+from harness.matrix.axes import case_id
 from harness.session import SESSION, Session
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class MatrixItem(pytest.Item):
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> str:
         if self.record is None or not isinstance(excinfo.value, CaseFailed):
             return str(super().repr_failure(excinfo))
-        from harness.report.terminal import failure_text
+        from harness.report.plain import failure_text
 
         return failure_text(self.record)
 

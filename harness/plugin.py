@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from harness.errors import AttnregError, UsageError
+from harness.errors import AttnregError
 from harness.items import MatrixFile, MatrixItem
-from harness.reporting import Reporting
+from harness.reporting import COVERAGE, Reporting
 from harness.session import SESSION, Session
 
 TIERS = ("smoke", "ci", "nightly", "probe")
@@ -37,10 +37,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     try:
         session = Session.from_config(config)
-        plant_known = session.plant if config.getoption("--plant") != "list" else None
+        if config.getoption("--plant") not in (None, "list"):
+            from harness.run.plant import find_plant  # imports torch, which collecting does without
+
+            find_plant(config.getoption("--plant"))
     except AttnregError as error:
         raise pytest.UsageError(str(error)) from None
-    del plant_known
     config.stash[SESSION] = session
     if not session.is_worker:
         config.pluginmanager.register(Reporting(session), "attnreg-reporting")
@@ -67,9 +69,12 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> MatrixFile
 
 def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
     facts = config.stash[SESSION]
-    if facts.num_deselected and not any(isinstance(item, MatrixItem) for item in items) and not session.testsfailed:
+    if items or session.testsfailed or not facts.coverage:
+        return
+    if facts.num_deselected:
         chosen = [f"{name} '{value}'" for name in ("--where", "--plant") if (value := config.getoption(name))]
         raise pytest.UsageError(f"{' and '.join(chosen)} leaves none of {facts.num_deselected} cases of tier {facts.tier}")
+    raise pytest.UsageError(f"no matrix has a case in tier {facts.tier}: {', '.join(facts.coverage)}")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -78,3 +83,9 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     if report.when == "call" and isinstance(item, MatrixItem) and item.record is not None:
         report.attnreg = item.record.to_json()  # travels from worker to controller with the report
     return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    facts = session.config.stash[SESSION]
+    if facts.is_worker:
+        session.config.workeroutput[COVERAGE] = facts.coverage

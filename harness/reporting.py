@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,7 @@ from harness.store.environment import environment
 from harness.store.record import Header, Record
 from harness.store.run_log import RunLog, new_run_id, utc_now
 
+COVERAGE = "attnreg_coverage"
 _LETTERS = {Outcome.UNSUPPORTED: "u", Outcome.XFAIL: "x"}
 
 
@@ -53,15 +55,26 @@ class Reporting:
         if self.log is None:
             return
         self.log.close()
+        from harness.report.summary import CoverageLine
         from harness.report.terminal import render_run
 
-        width = min(terminalreporter._tw.fullwidth, 100)
-        color = terminalreporter._tw.hasmarkup
+        writer = terminalreporter._tw
+        coverage = {name: CoverageLine(text, "100" in text) for name, text in self.session.coverage.items()}
         text = render_run(
-            self.records, self.session.coverage_notes(), str(self._shown(self.log.latest)), width=width, color=color
+            self.records,
+            self.log.header,
+            coverage,
+            str(self._shown(self.log.latest)),
+            width=max(80, min(writer.fullwidth, 120)),
+            color=writer.hasmarkup,
         )
         terminalreporter.ensure_newline()
-        terminalreporter.write(text)
+        writer.write(text)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """Workers collect, the controller does not: they send what they know of coverage."""
+        self.session.coverage.update(getattr(node, "workeroutput", {}).get(COVERAGE, {}))
 
     def _shown(self, path: Path) -> Path:
         root = self.session.config.rootpath

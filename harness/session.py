@@ -18,8 +18,10 @@ from harness.case import Case
 from harness.kernel.contract import Contract
 from harness.errors import UsageError
 from harness.kernel.registry import find_kernels
-from harness.matrix.expand import Expansion, case_id
-from harness.matrix.matrix import Matrix, load
+from harness.matrix.axes import case_id
+from harness.matrix.expand import Expansion
+from harness.matrix.loading import load
+from harness.matrix.matrix import Matrix
 from harness.matrix.where import Where
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ class Session:
     config: pytest.Config
     kernels: Mapping[str, Contract]
     where: Where | None
+    coverage: dict[str, str] = field(default_factory=dict)  # by matrix name, in words
     num_deselected: int = 0
 
     @classmethod
@@ -68,8 +71,10 @@ class Session:
 
     def expand(self, path: Path) -> tuple[Matrix, Expansion]:
         """The matrix at `path` and its cases of this session's tier. Raises MatrixError."""
-        matrix = load(path, kernels=self.kernels)
-        return matrix, matrix.expand(self.tier, supported=self.unsupported)
+        matrix = load(path, kernel_names=self.kernels)
+        expansion = matrix.expand(self.tier, supported=self.unsupported)
+        self.coverage[matrix.name] = expansion.describe()
+        return matrix, expansion
 
     def find_case(self, path: Path, wanted: str) -> tuple[Case, int]:
         """Case and line of an id in the matrix at `path`. Raises MatrixError, or UsageError where there is none."""

@@ -7,13 +7,14 @@ Invariant: `ran` is observed at the launch of each device kernel, not claimed by
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
 
 from harness.errors import KernelRaised, first_line
-from harness.interpreter import StrictViolation, strict_interpreter
+from harness.interpreter.errors import MemoryFault
+from harness.interpreter.strict import strict_interpreter
 from harness.kernel.arguments import LaunchArguments
 from harness.kernel.contract import Contract
 from harness.kernel.guarded import GuardedOutput, fingerprint
@@ -71,7 +72,7 @@ def input_tensors(args: LaunchArguments) -> dict[str, torch.Tensor]:
 def _call(launcher: Launcher, args: LaunchArguments) -> None:
     try:
         launcher(args)
-    except (StrictViolation, torch.OutOfMemoryError, torch.AcceleratorError):
+    except (MemoryFault, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except Exception as error:  # a kernel may raise anything; it is the kernel's failure and keeps its cause
         raise KernelRaised(f"the kernel raised {type(error).__name__}: {first_line(error)}") from error
@@ -86,10 +87,8 @@ def _interpreted(
 ) -> tuple[tuple[str, ...], list[str]]:
     written = {output.name: output.tensor for output in outputs}
     with strict_interpreter({**inputs, **written}, outputs=set(written), program_order_seed=seed) as session:
-        try:
+        with suppress(MemoryFault):  # recorded by the session; the kernel ends there
             _call(launcher, args)
-        except StrictViolation as violation:
-            return tuple(dict.fromkeys(launch.kernel for launch in session.launches)), [str(violation)]
     return tuple(dict.fromkeys(launch.kernel for launch in session.launches)), [str(v) for v in session.violations]
 
 

@@ -3,7 +3,7 @@
 Invariant: derived from the reference's moments and the declared roundings alone; nothing is fitted to a kernel's output
 except TRUNCATION, a property of the matrix units. No element may exceed its tolerance.
 
-    tol = (1 + u_out) (T_P + T_F + T_S + T_A + T_M) + u_out |o| + eta_out
+    tol = (1 + u_out) (T_P + T_F + T_S + T_A + T_M + T_U) + u_out |o| + eta_out
 
     T_P  P rounded to nearest: independent errors, uniform within half ulps A_j, sum to a sub-Gaussian error
          lambda sqrt(sum A_j^2 v_j^2); never more than sum A_j |v_j|, which also serves structured data
@@ -11,6 +11,7 @@ except TRUNCATION, a property of the matrix units. No element may exceed its tol
     T_S  errors of the logits and of exp: move the output by at most sum p_j b_j |v_j| + |o| sum p_j b_j
     T_A  accumulation of P V in float32, where matrix units truncate
     T_M  partial outputs of a split stored in 16 bit
+    T_U  exp, P V and the output may be flushed to zero below the smallest normal float32
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ SUM_FACTOR = 4  # standard deviations in the sqrt(n) u growth of a float32 sum o
 DOT_FACTOR = 2  # the same in q . k, in units of sqrt(head_size) u
 TRUNCATION = 2.5  # bias of truncating accumulators in ulps (2^-23) per matrix instruction; measured on an H200
 MATRIX_DEPTH = {"fp16": 16, "bf16": 16, "fp8_e4m3": 32, "fp8_e5m2": 32}  # products summed per matrix instruction
+UNDERFLOW = 2.0**-126  # below it float32 is subnormal, which fast exponentials and matrix units flush
 FP8_WGMMA_ULP = 2.0**-13  # fp8 warp-group instructions keep about 13 bits of the accumulator
 FP8_WGMMA_TERMS = 32 / 4 + 1  # truncations at the accumulator's exponent per instruction
 
@@ -78,6 +80,7 @@ def tolerance(
     error += _accumulation_error(reference, abs_out, profile, p_type, structured)
     if profile.split_partial_dtype != "fp32":
         error += element_type(profile.split_partial_dtype).unit_roundoff * reference.abs_pv
+    error += UNDERFLOW * (1 + reference.num_visible[:, None, None] * reference.max_abs_v[..., None])
     error *= 1 + out_type.unit_roundoff
     error += out_type.unit_roundoff * abs_out
     error += out_type.half_subnormal * profile.out_scale

@@ -59,6 +59,7 @@ def cache_offsets(
 ):
     """Element offset of (page, slot, kv_head, dim); shapes broadcast, the result is int64."""
     offset = page.to(tl.int64) * stride_page + slot.to(tl.int64) * stride_slot + kv_head * stride_head
+    dim = dim.to(tl.int64)
     return offset + (dim // VECTOR) * stride_dim + (dim % VECTOR) * stride_lane
 
 

@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from harness.dtypes import element_type
 from harness.errors import UsageError
 from harness.kernel.numerics import NumericsProfile
+from harness.oracle.judge import judge
 from harness.oracle.tolerance import rounding_of, tolerance
 from references.attention import AttentionInputs, attend
 from tests.oracle.cases import FEATURES, judged, make_case, ratios
@@ -197,3 +198,18 @@ def test_the_reference_must_be_of_the_same_rounding() -> None:
     reference = attend(make_case(), rounding_of(NumericsProfile(), "bf16"))
     with pytest.raises(UsageError, match="not for this profile"):
         tolerance(reference, NumericsProfile(), "fp16", 64)
+
+
+def test_what_float32_flushes_to_zero_is_no_error_and_what_it_keeps_is() -> None:
+    """A needle beside a key whose share lies below the smallest float32: the output may be 0, but not 1e-30."""
+    q = torch.tensor([[[300.0, 0.0]]])  # [1, 1, 2]
+    k = torch.tensor([[[1.0, 0.0]], [[0.0, 0.0]]])  # [2, 1, 2]
+    v = torch.tensor([[[0.0, 1.0]], [[1.0, 1.0]]])  # [2, 1, 2]
+    profile = NumericsProfile(p_dtype="fp32", out_dtype="fp32", mma="simt")
+    inputs = AttentionInputs(q, k, v, (1,), (2,), softmax_scale=1.0)
+    reference = attend(inputs, rounding_of(profile, "fp32"))
+    allowed = tolerance(reference, profile, "fp32", 2)
+    assert 0 < float(reference.out[0, 0, 0]) < 2.0**-149
+    flushed = torch.tensor([[[0.0, 1.0]]])
+    assert judge(flushed, None, reference, allowed).clean
+    assert not judge(flushed + torch.tensor([1e-30, 0.0]), None, reference, allowed).clean

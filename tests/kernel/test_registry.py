@@ -1,0 +1,80 @@
+"""Kernels are found by folder, loaded by path, and never shadow a package called `kernels`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness.case import Case, Rows
+from harness.errors import KernelNotFound
+from harness.kernel.registry import IN_TREE, find_kernels, get, load_entry
+
+CONTRACT = """
+from harness.cache.content import Content
+from harness.kernel.contract import Contract
+
+KERNELS = (
+    Contract(
+        name={name!r}, about="", entry={entry!r}, content=Content.ALL, features=frozenset(),
+        needs={needs!r}, install_hint="pip install it",
+    ),
+)
+"""
+
+
+def family(folder: Path, name: str = "mine", entry: str = "code.py:launch", needs: tuple[str, ...] = ()) -> Path:
+    (folder / "family").mkdir(parents=True)
+    (folder / "family" / "contract.py").write_text(CONTRACT.format(name=name, entry=entry, needs=needs))
+    (folder / "family" / "code.py").write_text("from .helper import launch\n")
+    (folder / "family" / "helper.py").write_text("def launch(args):\n    return 'launched'\n")
+    return folder
+
+
+def test_the_five_kernels_of_the_tree_are_found() -> None:
+    assert set(find_kernels()) == {
+        "prefix_prefill",
+        "paged_decode",
+        "chunked_prefill_paged_decode",
+        "unified_paged",
+        "torch_sdpa_paged",
+    }
+
+
+def test_a_folder_outside_the_tree_is_found_and_its_files_import_each_other(tmp_path: Path) -> None:
+    contract = find_kernels([family(tmp_path)])["mine"]
+    assert load_entry(contract)(None) == "launched"  # type: ignore[arg-type]
+
+
+def test_finding_kernels_imports_neither_torch_nor_triton() -> None:
+    code = "import sys; from harness.kernel.registry import find_kernels; find_kernels(); print({'torch', 'triton'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=IN_TREE.parent, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_mistakes_are_one_clear_message(tmp_path: Path) -> None:
+    with pytest.raises(KernelNotFound, match="no kernels here"):
+        find_kernels([tmp_path])
+    with pytest.raises(KernelNotFound, match="'paged_decode' is declared twice"):
+        find_kernels([family(tmp_path / "twice", name="paged_decode")])
+    kernels = find_kernels([family(tmp_path / "needs", needs=("no_such_package",))])
+    with pytest.raises(KernelNotFound, match="'mine' needs no_such_package. pip install it"):
+        load_entry(kernels["mine"])
+    with pytest.raises(KernelNotFound, match="Did you mean 'unified_paged'"):
+        get(kernels, "unified_pagd")
+    kernels = find_kernels([family(tmp_path / "function", entry="code.py:lunch")])
+    with pytest.raises(KernelNotFound, match="is not a function"):
+        load_entry(kernels["mine"])
+
+
+def test_a_clause_outside_the_contract_is_named() -> None:
+    kernels = find_kernels()
+    rows = Rows("r", (1,), (3,))
+    decode = kernels["paged_decode"]
+    assert decode.unsupported(Case("m", "paged_decode", rows)) is None
+    clause = decode.unsupported(Case("m", "paged_decode", Rows("r", (2,), (3,))))
+    assert clause == "prefill (rows with query_len > 1)"
+    clause = decode.unsupported(Case("m", "paged_decode", rows, dtype="fp64"))
+    assert clause == "dtype fp64 (admitted: bf16, fp16, fp32)"

@@ -1,0 +1,33 @@
+"""An honest kernel in plain torch and others with one fault each, to see what a session makes of them."""
+
+from __future__ import annotations
+
+from harness.cache.content import Content
+from harness.kernel.contract import FEATURES, Contract
+from harness.kernel.numerics import NumericsProfile
+
+
+def _toy(name: str, about: str) -> Contract:
+    return Contract(
+        name=f"toy_{name}",
+        about=about,
+        entry=f"toy.py:{name}",
+        content=Content.ALL,
+        features=frozenset({"prefill", "strided_cache"}) & FEATURES.keys(),
+        dtypes=frozenset({"fp32"}),
+        layouts=frozenset({"linear_nhd"}),
+        returns_lse=False,
+        numerics=NumericsProfile(kv_dequant="exact", p_dtype="fp32", mma="simt"),
+    )
+
+
+KERNELS = (
+    _toy("honest", "right"),
+    _toy("zeros", "writes zeros"),
+    _toy("silent", "writes nothing"),
+    _toy("forgetful", "does not read the newest token"),
+    _toy("greedy", "writes into its own input"),
+    _toy("overrun", "writes behind its output"),
+    _toy("raising", "raises"),
+    _toy("exiting", "ends the process"),
+)

@@ -1,0 +1,61 @@
+"""Paged attention in plain torch: causal, all in the cache, linear_nhd."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from harness.kernel.arguments import LaunchArguments
+
+
+def honest(args: LaunchArguments, dropped: int = 0) -> None:
+    starts = args.query_start_loc.tolist()
+    group = args.q.shape[1] // args.k_cache.shape[2]
+    page_size = args.k_cache.shape[1]
+    for seq, seq_len in enumerate(args.seq_lens.tolist()):
+        q = args.q[starts[seq] : starts[seq + 1]]  # [query_len, num_q_heads, head_size]
+        pages = args.block_table[seq, : -(-seq_len // page_size)].long()
+        k = _tokens(args.k_cache, pages, seq_len, args.k_scale).repeat_interleave(group, 1)
+        v = _tokens(args.v_cache, pages, seq_len, args.v_scale).repeat_interleave(group, 1)
+        scores = torch.einsum("qhd,khd->hqk", q, k) * args.softmax_scale
+        position = torch.arange(seq_len - len(q), seq_len)
+        seen = torch.arange(seq_len) <= position[:, None] - dropped
+        p = scores.masked_fill(~seen, float("-inf")).softmax(-1).nan_to_num()
+        args.out[starts[seq] : starts[seq + 1]] = torch.einsum("hqk,khd->qhd", p, v)
+
+
+def _tokens(cache: torch.Tensor, pages: torch.Tensor, seq_len: int, scale: torch.Tensor) -> torch.Tensor:
+    """[seq_len, num_kv_heads, head_size] float32"""
+    return cache[pages].flatten(0, 1)[:seq_len].float() * scale
+
+
+def zeros(args: LaunchArguments) -> None:
+    args.out.zero_()
+
+
+def silent(args: LaunchArguments) -> None:
+    pass
+
+
+def forgetful(args: LaunchArguments) -> None:
+    honest(args, dropped=1)
+
+
+def greedy(args: LaunchArguments) -> None:
+    honest(args)
+    args.q.mul_(2)
+
+
+def overrun(args: LaunchArguments) -> None:
+    honest(args)
+    behind = args.out.storage_offset() + args.out.numel()
+    args.out.as_strided((1,), (1,), behind).fill_(1.0)
+
+
+def raising(args: LaunchArguments) -> None:
+    raise RuntimeError("no such instruction")
+
+
+def exiting(args: LaunchArguments) -> None:
+    os._exit(3)

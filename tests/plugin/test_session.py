@@ -1,0 +1,190 @@
+"""A whole session: outcomes, run log, selection, what the terminal says, and one record per case whatever happens."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+import harness.run.run_case  # noqa: F401  an inner session forgets what it imports, and torch is imported once only
+from harness.run.outcome import Outcome
+from harness.session import PROJECT
+from harness.store.record import Record
+from harness.store.run_log import read_run
+
+KERNELS = Path(__file__).parent / "kernels"
+
+MATRIX = """
+matrix: toys
+about: A kernel and its faulty twins.
+kernels: [{kernels}]
+fixed: {{dtype: fp32, num_q_heads: 4, gqa_ratio: 2, head_size: 8}}
+axes:
+  rows: [{{name: mix, query_lens: [3, 1], context_lens: [5, 20]}}]
+  data_seed: [0, 1]
+  {axes}
+tiers:
+  smoke: full
+{expect}
+"""
+
+
+class Toys:
+    """Runs matrices over the toy kernels in a session of their own."""
+
+    def __init__(self, pytester: pytest.Pytester) -> None:
+        self.pytester = pytester
+
+    def run(self, kernels: str, *options: str, axes: str = "", expect: str = "", isolated: bool = False) -> pytest.RunResult:
+        path = self.pytester.path / "toys.yaml"
+        path.write_text(MATRIX.format(kernels=kernels, axes=axes, expect=expect))
+        arguments = ["-p", "harness.plugin", str(path), f"--kernels={KERNELS}", f"--reports={self.pytester.path / 'reports'}", *options]
+        if isolated:
+            return self.pytester.runpytest_subprocess(*arguments)
+        return self.pytester.runpytest_inprocess(*arguments)
+
+    @property
+    def records(self) -> list[Record]:
+        return read_run(self.pytester.path / "reports" / "latest.jsonl")[1]
+
+    @property
+    def outcomes(self) -> dict[str, set[Outcome]]:
+        found: dict[str, set[Outcome]] = {}
+        for record in self.records:
+            found.setdefault(record.kernel, set()).add(record.outcome)
+        return found
+
+
+@pytest.fixture
+def toys(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Toys:
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT))
+    return Toys(pytester)
+
+
+def test_an_honest_kernel_is_green_and_quiet(toys: Toys) -> None:
+    result = toys.run("toy_honest")
+    assert result.ret == 0
+    assert toys.outcomes == {"toy_honest": {Outcome.PASS}}
+    result.stdout.fnmatch_lines(["toys*2 cases*1 kernel*worst*of tolerance*", "2 passed, 0 blind.  reports/latest.jsonl"])
+    result.stdout.no_fnmatch_line("*Reproduce*")
+    header, records = read_run(toys.pytester.path / "reports" / "latest.jsonl")
+    assert header.environment["torch"]
+    assert {r.seeds["data"] for r in records} == {0, 1}
+    assert all(r.ran == ("toy_honest",) and 0 < (r.err_over_tol or 0) < 1 for r in records)
+    assert all({"problem", "cache", "launch", "reference", "judge"} <= r.seconds.keys() for r in records)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "words"),
+    [
+        ("toy_zeros", "*128 of 128 elements = 4 tokens x 4 heads x 8 dims*"),
+        ("toy_silent", "*unwritten*"),
+        ("toy_forgetful", "*worst * tolerance*"),
+        ("toy_greedy", "*q was written by the kernel*"),
+        ("toy_overrun", "*bytes behind or between the rows of out were written*"),
+        ("toy_raising", "*the kernel raised RuntimeError: no such instruction*"),
+    ],
+)
+def test_a_faulty_kernel_is_red_and_says_why(toys: Toys, kernel: str, words: str) -> None:
+    result = toys.run(f"toy_honest, {kernel}")
+    assert result.ret == 1
+    assert toys.outcomes == {"toy_honest": {Outcome.PASS}, kernel: {Outcome.FAIL}}
+    result.stdout.fnmatch_lines(["FAIL*", words])
+    result.stdout.fnmatch_lines([f"Reproduce: pytest 'toys.yaml::toys-{kernel}-*"])
+    assert "Traceback" not in result.stdout.str()
+
+
+def test_the_reproduce_line_reproduces(toys: Toys) -> None:
+    toys.run("toy_zeros", "--data-seed", "7")
+    command = toys.records[0].reproduce
+    assert "--data-seed 7" in command
+    result = toys.pytester.runpytest_inprocess(
+        "-p", "harness.plugin", *shlex.split(command)[1:], f"--reports={toys.pytester.path / 'reports'}"
+    )
+    assert result.ret == 1
+    assert [r.id for r in toys.records] == [shlex.split(command)[1].split("::")[1]]
+
+
+def test_unsupported_is_neither_a_pass_nor_a_skip(toys: Toys) -> None:
+    result = toys.run("toy_honest", axes="causal: [true, false]")
+    assert result.ret == 0
+    outcomes = [r.outcome for r in toys.records]
+    assert sorted(outcomes) == [Outcome.PASS] * 2 + [Outcome.UNSUPPORTED] * 2
+    result.stdout.fnmatch_lines(["2 passed, 2 unsupported (toy_honest: noncausal), 0 blind.*"])
+    result.stdout.no_fnmatch_line("*skipped*")
+
+
+EXPECT = """
+expect:
+  - where: kernel == '{kernel}'
+    outcome: FAIL
+    because: a known fault
+    issue: https://example.org/1
+    until: {until}
+"""
+
+
+@pytest.mark.parametrize(
+    ("kernel", "until", "outcome", "ret"),
+    [
+        ("toy_zeros", "2999-01-01", Outcome.XFAIL, 0),
+        ("toy_zeros", "2020-01-01", Outcome.FAIL, 1),  # expired
+        ("toy_honest", "2999-01-01", Outcome.XPASS, 1),  # no longer true
+    ],
+)
+def test_expectations_hide_nothing(toys: Toys, kernel: str, until: str, outcome: Outcome, ret: int) -> None:
+    result = toys.run(kernel, expect=EXPECT.format(kernel=kernel, until=until))
+    assert result.ret == ret
+    assert toys.outcomes == {kernel: {outcome}}
+
+
+def test_selection_by_id_k_where_and_last_failed(toys: Toys) -> None:
+    result = toys.run("toy_honest, toy_zeros", "-k", "toy_honest and s1")
+    result.assert_outcomes(passed=1, deselected=3)
+    result = toys.run("toy_honest, toy_zeros", "--where", "kernel == 'toy_honest' and data_seed == 1")
+    assert [r.case["data_seed"] for r in toys.records] == [1]
+    result = toys.run("toy_honest, toy_zeros", "--where", "num_q_heads > 99")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*--where 'num_q_heads > 99' leaves none of 4 cases of tier smoke*"])
+    result = toys.run("toy_honest, toy_zeros", "--where", "num_heads > 99")
+    result.stderr.fnmatch_lines(["*num_heads*num_q_heads*"])
+    toys.run("toy_honest, toy_zeros")
+    toys.run("toy_honest, toy_zeros", "--lf")
+    assert toys.outcomes == {"toy_zeros": {Outcome.FAIL}}
+
+
+def test_collect_only_and_junit(toys: Toys) -> None:
+    result = toys.run("toy_honest", "--collect-only", "-q")
+    result.stdout.fnmatch_lines(["toys.yaml::toys-toy_honest-fp32-*"])
+    toys.run("toy_honest, toy_zeros", "--junitxml", "junit.xml")
+    cases = ElementTree.parse(toys.pytester.path / "junit.xml").iter("testcase")
+    found = {case.get("name", ""): case for case in cases}
+    assert len(found) == 4
+    failures = {name: case.find("failure") for name, case in found.items()}
+    for name, failure in failures.items():
+        assert (failure is not None) == ("toy_zeros" in name)
+        if failure is not None:
+            assert "Reproduce:" in (failure.text or "")
+
+
+def test_a_malformed_matrix_is_one_message_without_a_traceback(toys: Toys) -> None:
+    result = toys.run("toy_honest", axes="slidding_window: [none]")
+    assert result.ret == pytest.ExitCode.INTERRUPTED
+    result.stdout.fnmatch_lines(["*toys.yaml:9:3: *slidding_window*Did you mean 'sliding_window'?", "*^^^*"])
+    assert "Traceback" not in result.stdout.str()
+
+
+def test_a_tier_that_no_matrix_has_is_an_error(toys: Toys) -> None:
+    result = toys.run("toy_honest", "--tier", "probe")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*no matrix has a case in tier probe*"])
+
+
+def test_a_case_that_takes_its_worker_down_costs_no_other_case(toys: Toys) -> None:
+    result = toys.run("toy_honest, toy_exiting", "-n", "2", isolated=True)
+    assert result.ret == 1
+    assert toys.outcomes == {"toy_honest": {Outcome.PASS}, "toy_exiting": {Outcome.CRASH}}
+    assert len(toys.records) == 4
+    result.stdout.fnmatch_lines(["CRASH*toys-toy_exiting-*"])
