@@ -22,7 +22,7 @@ from harness.dtypes import element_type
 from harness.errors import SetupBug
 from harness.problem.problem import Problem
 
-_CHUNK = 1 << 24  # elements at a time
+_CHUNK = 1 << 22  # elements at a time
 
 
 def verify_cache(problem: Problem, cache: KVCache, content: Content) -> None:

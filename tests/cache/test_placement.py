@@ -1,9 +1,10 @@
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from harness.cache.placement import page_table, place
+from harness.cache.placement import Placed, page_table, place
 from harness.case import Case, Placement, Rows
 from harness.errors import PlacementError
 
@@ -12,7 +13,7 @@ CASE = Case("m", "k", ROWS, page_size=16)
 NEEDED = [4, 7, 0, 1, 3]
 
 
-def placed(kind: str, **changes: object):  # noqa: ANN201
+def placed(kind: str, **changes: Any) -> Placed:  # noqa: ANN401 values of any axis
     return place(replace(CASE, placement=Placement(kind, kind), **changes))
 
 

@@ -1,6 +1,7 @@
 """Every law keeps its promise on dense float64 scores, and the check of the promise is red for another law."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -35,7 +36,7 @@ def stored(values: torch.Tensor, scale: float, case: Case) -> torch.Tensor:
     return (values.float() / torch.tensor(scale)).to(element_type(case.kv_dtype).torch).double() * scale
 
 
-def rows_of(problem: Problem):  # noqa: ANN201
+def rows_of(problem: Problem) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Per sequence with keys: scores [tokens, heads, keys], seen [tokens, keys], query positions [tokens]."""
     case, token = problem.case, 0
     k = stored(problem.k, problem.k_scale, case).repeat_interleave(case.gqa_ratio, dim=1)
