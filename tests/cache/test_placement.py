@@ -13,7 +13,7 @@ CASE = Case("m", "k", ROWS, page_size=16)
 NEEDED = [4, 7, 0, 1, 3]
 
 
-def placed(kind: str, **changes: Any) -> Placed:  # noqa: ANN401 values of any axis
+def placed(kind: str, **changes: Any) -> Placed:
     return place(replace(CASE, placement=Placement(kind, kind), **changes))
 
 
