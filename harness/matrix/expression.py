@@ -59,7 +59,7 @@ def parse_expression(text: str, kinds: Mapping[str, Kind], words: Mapping[str, C
     try:
         tree = ast.parse(body, mode="eval")
     except SyntaxError as error:
-        offset = min(max((error.offset or 1) - 1, 0), len(body)) + indent
+        offset = indent + min(error.offset - 1 if error.offset else len(body), len(body))  # no offset: at the end
         raise ExpressionError(clean, offset, 1, "this is no expression; for example: page_size == 16") from None
     compiler = _Compiler(clean, indent, kinds, words)
     evaluate, kind = compiler.compile(tree.body)
