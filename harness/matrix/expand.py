@@ -20,6 +20,7 @@ from typing import Any
 from harness.case import Case, Rows
 from harness.matrix.axes import AXES, case_id
 from harness.matrix.cover import Constraint, CoverError, Model, check, cover
+from harness.matrix.expression import ExpressionError
 from harness.matrix.matrix import Matrix, Rule, Supported, Tier, Values
 from harness.matrix.rows import ROWS_AXES, RowMix
 from harness.matrix.source import MatrixError, Mistake, Span
@@ -88,6 +89,13 @@ def expand(matrix: Matrix, tier_name: str, supported: Supported) -> Expansion:
     tier = matrix.tiers.get(tier_name)
     if tier is None:
         return Expansion(matrix, tier_name)
+    try:
+        return _expand_tier(matrix, tier, supported)
+    except Mistake as mistake:
+        raise MatrixError(matrix.source.path, matrix.source.lines, [mistake]) from None
+
+
+def _expand_tier(matrix: Matrix, tier: Tier, supported: Supported) -> Expansion:
     found: dict[Case, int] = {}
     coverage = None
     if tier.cover is not None:
@@ -100,7 +108,7 @@ def expand(matrix: Matrix, tier_name: str, supported: Supported) -> Expansion:
             found.setdefault(case, entry.span.line)
     if not found:
         what = f"tier '{tier.name}' selects no case: the contracts of {', '.join(matrix.kernels)} admit none"
-        raise _error(matrix, Mistake(tier.span, what))
+        raise Mistake(tier.span, what)
     if len({case_id(case) for case in found}) != len(found):
         raise AssertionError(f"{matrix.path}: two cases of tier '{tier.name}' share an id")
     return Expansion(matrix, tier.name, tuple(found), tuple(found.values()), coverage)
@@ -147,7 +155,10 @@ def _admits(name: str, refusal: Callable[[Case], str | None]) -> Callable[[Mappi
 def _rule_constraint(name: str, rule: Rule) -> Constraint:
     def holds(values: Mapping[str, Any]) -> bool:
         case = assemble(name, values)
-        return case is None or rule.where.evaluate(case)  # rows without a meaning are ruled out by what is implied
+        try:
+            return case is None or rule.where.evaluate(case)  # rows without a meaning are ruled out by what is implied
+        except ExpressionError as error:
+            raise Mistake(rule.span, error.what) from None
 
     return Constraint(rule.where.axes, holds)
 
@@ -244,7 +255,7 @@ def _expand_cover(matrix: Matrix, tier: Tier, supported: Supported, found: dict[
         without_contracts = Model(values, written)
         by_constraint = sum(without_contracts.possible(pairs) is None for pairs in report.impossible)
     except CoverError as error:
-        raise _error(matrix, Mistake(tier.span, f"tier '{tier.name}': {error}")) from None
+        raise Mistake(tier.span, f"tier '{tier.name}': {error}") from None
     for row in sorted(rows):
         case = assemble(matrix.name, model.assignment(row))
         assert case is not None  # an implied constraint
@@ -291,7 +302,3 @@ def _admitted_case(kernel: str, values: Values, admitted: Predicate) -> dict[str
         if admitted(candidate):
             return candidate
     return None
-
-
-def _error(matrix: Matrix, mistake: Mistake) -> MatrixError:
-    return MatrixError(matrix.source.path, matrix.source.lines, [mistake])

@@ -495,6 +495,12 @@ MISTAKES = [
         id="empty",
     ),
     pytest.param(
+        "page_size != 32 or",
+        "page_size % geometry_seed == 0 or",
+        ["15:5: 'page_size % geometry_seed' divides by zero"],
+        id="divides_by_zero",
+    ),
+    pytest.param(
         "must_see: [newest_token]",
         "must_see: newest_token",
         ["16:11: must_see is a list, not 'newest_token'. Write [newest_token]"],
