@@ -16,7 +16,9 @@ sys.path.insert(0, str(PROJECT))
 
 def parser(about: str) -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=about)
-    result.add_argument("--quick", action="store_true", help="a small version that ends in seconds, to see that it runs")
+    result.add_argument(
+        "--quick", action="store_true", help="a small version that ends in seconds, to see that it runs"
+    )
     result.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE as well")
     return result
 

@@ -1,10 +1,10 @@
 """The `attnreg` command: thin over pytest and the loaders. It computes nothing.
 
-    attnreg run [pytest arguments]     run matrices (the same as `pytest cases ...`)
-    attnreg check [matrices]           load and expand matrices, report every mistake
-    attnreg kernels                    list kernels and their contracts
-    attnreg plants                     list set-up faults for --plant
-    attnreg schema                     print the JSON Schema of a matrix
+attnreg run [pytest arguments]     run matrices (the same as `pytest cases ...`)
+attnreg check [matrices]           load and expand matrices, report every mistake
+attnreg kernels                    list kernels and their contracts
+attnreg plants                     list set-up faults for --plant
+attnreg schema                     print the JSON Schema of a matrix
 """
 
 from __future__ import annotations
@@ -57,7 +57,10 @@ def _check(paths: Sequence[Path]) -> int:
     for path in matrix_files(paths):
         try:
             matrix = load(path, kernel_names=kernels)
-            counts = {tier: len(matrix.expand(tier, supported=lambda case: kernels[case.kernel].unsupported(case)).cases) for tier in TIERS}
+            counts = {
+                tier: len(matrix.expand(tier, supported=lambda case: kernels[case.kernel].unsupported(case)).cases)
+                for tier in TIERS
+            }
         except AttnregError as error:
             sys.stderr.write(f"{error}\n")
             mistakes += 1

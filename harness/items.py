@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -20,6 +21,19 @@ if TYPE_CHECKING:
     from harness.matrix.expect import Expectation
     from harness.run.outcome import Verdict
     from harness.store.record import Record
+
+
+def is_matrix(path: Path) -> bool:
+    """Whether a file holds a matrix: YAML with a key `matrix` at the top."""
+    if path.suffix not in (".yaml", ".yml"):
+        return False
+    return any(line.startswith("matrix:") for line in path.read_text(encoding="utf-8", errors="replace").splitlines())
+
+
+def matrix_files(paths: Iterable[Path]) -> Iterable[Path]:
+    """The files among `paths`, and the matrices in the folders among them, sorted."""
+    for path in paths:
+        yield from sorted(filter(is_matrix, path.rglob("*.y*ml"))) if path.is_dir() else (path,)
 
 
 class CaseFailed(Exception):

@@ -9,12 +9,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from harness.errors import AttnregError
-from harness.items import MatrixFile, MatrixItem
+from harness.items import MatrixFile, MatrixItem, is_matrix
 from harness.reporting import COVERAGE, Reporting
 from harness.session import SESSION, Session
 
@@ -25,7 +24,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("attnreg", "attention kernels against a float64 reference")
     group.addoption("--tier", choices=TIERS, default="smoke", help="tier of the matrices to run (default: smoke)")
     group.addoption("--where", metavar="EXPR", help="run only the cases for which EXPR holds, e.g. 'gqa_ratio == 8'")
-    group.addoption("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where kernels run; cpu interprets")
+    group.addoption(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where kernels run; cpu interprets"
+    )
     group.addoption("--kernels", metavar="DIR", action="append", default=[], help="a further folder of kernels")
     group.addoption("--data-seed", type=int, metavar="N", help="override the data seed of every case")
     group.addoption("--geometry-seed", type=int, metavar="N", help="override the geometry seed of every case")
@@ -59,12 +60,8 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> MatrixFile | None:
-    if file_path.suffix not in (".yaml", ".yml"):
-        return None
-    named = parent.session.isinitpath(file_path)
-    if named or any(line.startswith("matrix:") for line in file_path.read_text(encoding="utf-8").splitlines()):
-        return MatrixFile.from_parent(parent, path=file_path)
-    return None
+    named = file_path.suffix in (".yaml", ".yml") and parent.session.isinitpath(file_path)
+    return MatrixFile.from_parent(parent, path=file_path) if named or is_matrix(file_path) else None
 
 
 def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -73,7 +70,9 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
         return
     if facts.num_deselected:
         chosen = [f"{name} '{value}'" for name in ("--where", "--plant") if (value := config.getoption(name))]
-        raise pytest.UsageError(f"{' and '.join(chosen)} leaves none of {facts.num_deselected} cases of tier {facts.tier}")
+        raise pytest.UsageError(
+            f"{' and '.join(chosen)} leaves none of {facts.num_deselected} cases of tier {facts.tier}"
+        )
     raise pytest.UsageError(f"no matrix has a case in tier {facts.tier}: {', '.join(facts.coverage)}")
 
 
@@ -81,11 +80,11 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     if report.when == "call" and isinstance(item, MatrixItem) and item.record is not None:
-        report.attnreg = item.record.to_json()  # travels from worker to controller with the report
+        vars(report)["attnreg"] = item.record.to_json()  # travels from worker to controller with the report
     return report
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     facts = session.config.stash[SESSION]
     if facts.is_worker:
-        session.config.workeroutput[COVERAGE] = facts.coverage
+        vars(session.config)["workeroutput"][COVERAGE] = facts.coverage

@@ -98,9 +98,8 @@ class Reporting:
         line = getattr(report, "attnreg", None)
         if line is not None:
             return Record.from_json(line)
-        if report.when != "???":  # how pytest-xdist reports the case that took its worker down
-            return None
-        return self._crashed(report)
+        # how pytest-xdist reports the case that took its worker down
+        return self._crashed(report) if str(report.when) == "???" else None
 
     def _crashed(self, report: pytest.TestReport) -> Record | None:
         shown, _, name = report.nodeid.partition("::")

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from harness.case import Case
-from harness.kernel.contract import Contract
 from harness.errors import UsageError
+from harness.kernel.contract import Contract
 from harness.kernel.registry import find_kernels
 from harness.matrix.axes import case_id
 from harness.matrix.expand import Expansion
@@ -91,9 +91,7 @@ class Session:
 
         shown = os.path.relpath(path, self.config.rootpath)
         own_seeds = {"geometry": case.geometry_seed, "data": case.data_seed}
-        command = reproduce_line(
-            shown, name, self.tier, verdict.seeds, self.reproduce_options, default_seeds=own_seeds
-        )
+        command = reproduce_line(shown, name, self.tier, verdict.seeds, self.reproduce_options, default_seeds=own_seeds)
         return Record.of(
             case, verdict, id=name, matrix_path=shown, line=line, tier=self.tier, worker=self.worker, reproduce=command
         )

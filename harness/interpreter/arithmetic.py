@@ -4,7 +4,6 @@ Invariant: bfloat16 and 8-bit floats are raw codes in a handle; whatever compute
 float32 and rounds once. Comparisons give int1. Nothing here changes Triton: `strict_arithmetic` lists replacements.
 """
 
-# ruff: noqa: ANN401 - Triton's objects carry no types.
 from __future__ import annotations
 
 import dataclasses

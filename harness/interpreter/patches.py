@@ -4,7 +4,6 @@ Invariant: every change goes through one `Patches`, which undoes all of them in 
 are here; the arithmetic is in harness.interpreter.arithmetic.
 """
 
-# ruff: noqa: ANN401 - Triton's objects carry no types.
 from __future__ import annotations
 
 import inspect

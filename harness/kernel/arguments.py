@@ -19,7 +19,9 @@ class LaunchArguments:
     q: torch.Tensor  # [num_tokens, num_q_heads, head_size]
     k: torch.Tensor | None  # [num_tokens, num_kv_heads, head_size] new tokens; None where the contract takes none
     v: torch.Tensor | None  # [num_tokens, num_kv_heads, head_size_v]; rows of decode sequences are poison (by_phase)
-    k_cache: torch.Tensor  # linear_nhd [pages, page_size, kv_heads, d]; vllm_classic [pages, kv_heads, d/x, page_size, x]
+    k_cache: (
+        torch.Tensor
+    )  # linear_nhd [pages, page_size, kv_heads, d]; vllm_classic [pages, kv_heads, d/x, page_size, x]
     v_cache: torch.Tensor  # linear_nhd [pages, page_size, kv_heads, dv]; vllm_classic [pages, kv_heads, dv, page_size]
     layout: str
     block_table: torch.Tensor  # [num_seqs, max_pages] int32
@@ -38,4 +40,6 @@ class LaunchArguments:
     sinks: torch.Tensor | None  # [num_q_heads] float32; one more logit in the denominator, already scaled
     num_splits: int  # 0: the path without split-KV
     out: torch.Tensor  # [num_tokens, num_q_heads, head_size_v]
-    lse: torch.Tensor | None  # [num_tokens, num_q_heads] float32, natural log, sinks included; -inf where no key is seen
+    lse: (
+        torch.Tensor | None
+    )  # [num_tokens, num_q_heads] float32, natural log, sinks included; -inf where no key is seen

@@ -110,10 +110,14 @@ def _check_table(case: Case, args: LaunchArguments) -> None:
     for seq, seq_len in enumerate(case.rows.seq_lens):
         needed = -(-max(seq_len, 0) // case.page_size)
         if needed > len(table[seq]):
-            raise SetupBug("block_table", f"{needed} pages for sequence {seq} ({seq_len} tokens)", f"{len(table[seq])} columns")
+            raise SetupBug(
+                "block_table", f"{needed} pages for sequence {seq} ({seq_len} tokens)", f"{len(table[seq])} columns"
+            )
         for column, page in enumerate(table[seq][:needed]):
             if not 0 <= page < num_pages:
-                raise SetupBug("block_table", f"page ids in [0, {num_pages}) for sequence {seq}", f"{page} at column {column}")
+                raise SetupBug(
+                    "block_table", f"page ids in [0, {num_pages}) for sequence {seq}", f"{page} at column {column}"
+                )
 
 
 def _check_scales(case: Case, args: LaunchArguments) -> None:

@@ -30,7 +30,7 @@ FEATURES: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Contract:
-    """Declaration of one kernel. `entry` is "file:function" inside the kernel's folder; it is imported at launch only."""
+    """Declaration of one kernel. `entry` is "file:function" inside the kernel's folder, imported at launch only."""
 
     name: str
     about: str

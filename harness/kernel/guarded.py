@@ -34,7 +34,8 @@ class GuardedOutput:
         first = int(touched.nonzero()[0, 0])
         start = self.tensor.storage_offset() * self.tensor.element_size()
         side = "before" if first < start else "behind or between the rows of"
-        return f"{int(touched.sum())} bytes {side} {self.name} were written, the first {first - start:+d} bytes from its start"
+        place = f"the first {first - start:+d} bytes from its start"
+        return f"{int(touched.sum())} bytes {side} {self.name} were written, {place}"
 
     def unwritten(self) -> torch.Tensor:
         """bool, of the output's shape: elements that still hold the poison they were handed out with."""
@@ -42,7 +43,9 @@ class GuardedOutput:
         return view == (-1 if view.dtype != torch.uint8 else POISON_BYTE)
 
 
-def guarded_output(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, strided: bool) -> GuardedOutput:
+def guarded_output(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, strided: bool
+) -> GuardedOutput:
     """A poisoned output of `shape` inside red zones; `strided` adds gaps between heads and between tokens."""
     size = dtype.itemsize
     strides = _strides(shape, strided)

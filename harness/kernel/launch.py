@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -86,9 +87,9 @@ def _interpreted(
     seed: int,
 ) -> tuple[tuple[str, ...], list[str]]:
     written = {output.name: output.tensor for output in outputs}
-    with strict_interpreter({**inputs, **written}, outputs=set(written), program_order_seed=seed) as session:
-        with suppress(MemoryFault):  # recorded by the session; the kernel ends there
-            _call(launcher, args)
+    interpreter = strict_interpreter({**inputs, **written}, outputs=set(written), program_order_seed=seed)
+    with interpreter as session, suppress(MemoryFault):  # recorded by the session; the kernel ends there
+        _call(launcher, args)
     return tuple(dict.fromkeys(launch.kernel for launch in session.launches)), [str(v) for v in session.violations]
 
 
@@ -107,7 +108,7 @@ def observed_triton_launches() -> Iterator[list[str]]:
     names: list[str] = []
     original = JITFunction.run
 
-    def run(self, *args, warmup=False, **kwargs):  # type: ignore[no-untyped-def]
+    def run(self: Any, *args: Any, warmup: bool = False, **kwargs: Any) -> Any:
         if not warmup:
             names.append(self.fn.__name__)
         return original(self, *args, warmup=warmup, **kwargs)

@@ -51,7 +51,7 @@ class AxisType(Protocol):
     @property
     def kind(self) -> Kind: ...
 
-    def parse(self, node: Node, name: str, vocabulary: Vocabulary) -> Any: ...  # noqa: ANN401 values differ by axis
+    def parse(self, node: Node, name: str, vocabulary: Vocabulary) -> Any: ...
 
     def schema(self) -> Schema: ...
 
@@ -211,7 +211,7 @@ class Axis:
     default: Any = None
     required: bool = False  # no default: every case must be given one
 
-    def parse(self, node: Node, vocabulary: Vocabulary) -> Any:  # noqa: ANN401 values differ by axis
+    def parse(self, node: Node, vocabulary: Vocabulary) -> Any:
         """The value at `node`, of the type of this axis. Raises Mistake."""
         if isinstance(node, SequenceNode):
             raise Mistake(span_of(node), f"{self.name} is one value here, not {describe(node)}")

@@ -146,7 +146,7 @@ class _Compiler:
             raise self.error(node, "only + - * / // and % are allowed here")
         left, right = self._number(node.left), self._number(node.right)
 
-        def evaluate(lookup: Lookup) -> Any:  # noqa: ANN401 a number or none
+        def evaluate(lookup: Lookup) -> Any:
             a, b = left(lookup), right(lookup)
             if a is None or b is None:
                 return None

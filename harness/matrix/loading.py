@@ -162,7 +162,7 @@ class _Loader:
             if axis_name(key) in AXES:
                 yield axis_name(key), key_node, node
 
-    def _value(self, axis: str, node: Node) -> Any:  # noqa: ANN401 values differ by axis
+    def _value(self, axis: str, node: Node) -> Any:
         value = AXES[axis].parse(node, self.vocabulary)
         self.spans.setdefault((axis, value), span_of(node))
         return value

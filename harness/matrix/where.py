@@ -78,7 +78,7 @@ class Where:
         return bool(self.expression.evaluate(lambda name: _value(case, name)))
 
 
-def _value(case: Case, name: str) -> Any:  # noqa: ANN401 values differ by name
+def _value(case: Case, name: str) -> Any:
     if name in DERIVED:
         return DERIVED[name].value(case)
     value = getattr(case, axis_name(name))

@@ -31,7 +31,9 @@ class TensorFindings:
 
     name: str  # out | lse
     err_over_tol: float  # worst error in units of tolerance; inf where non-finite and the reference is finite
-    mismatched: torch.Tensor  # bool on the CPU; out: [num_tokens, num_q_heads, head_size_v], lse: [num_tokens, num_q_heads]
+    mismatched: (
+        torch.Tensor
+    )  # bool on the CPU; out: [num_tokens, num_q_heads, head_size_v], lse: [num_tokens, num_q_heads]
     num_mismatched: int
     num_elements: int
     num_nan: int

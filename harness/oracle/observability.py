@@ -15,9 +15,7 @@ class Blindness:
     because: str
 
 
-def blind_to(
-    *, kv_dtype: str, k_scale: float, v_scale: float, pages: Sequence[Sequence[int]]
-) -> tuple[Blindness, ...]:
+def blind_to(*, kv_dtype: str, k_scale: float, v_scale: float, pages: Sequence[Sequence[int]]) -> tuple[Blindness, ...]:
     """Faults that no output of this set-up can show.
 
     `pages` are the physical pages of each sequence, in order.
@@ -32,6 +30,8 @@ def blind_to(
     in_order = [page for sequence in pages for page in sequence]
     if in_order and in_order == list(range(len(in_order))):
         found.append(
-            Blindness("page_mapping", "every page lies where a kernel that ignores the page table looks for it (0, 1, 2, ...)")
+            Blindness(
+                "page_mapping", "every page lies where a kernel that ignores the page table looks for it (0, 1, 2, ...)"
+            )
         )
     return tuple(found)

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from harness.matrix.expect import Expectation
 from harness.run.outcome import Outcome, Verdict
+from harness.triage.explain import with_row
 
 
 def apply_expectation(verdict: Verdict, expectation: Expectation, today: datetime.date) -> Verdict:
@@ -21,5 +22,6 @@ def apply_expectation(verdict: Verdict, expectation: Expectation, today: datetim
         return verdict
     if expectation.expired(today):
         expired = f"the expectation expired on {expectation.until.isoformat()}: {known}"
-        return replace(verdict, reason=f"{verdict.reason}; {expired}")
+        explanation = with_row(verdict.explanation, "expired", expired)
+        return replace(verdict, reason=f"{verdict.reason}; {expired}", explanation=explanation)
     return replace(verdict, outcome=Outcome.XFAIL, reason=f"{known}, until {expectation.until.isoformat()}")

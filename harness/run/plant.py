@@ -68,8 +68,12 @@ PLANTS: dict[str, Plant] = {
             "decode-token-missing",
             "decode rows find only their context in the cache, not their newest token",
             "TEST_BUG",
-            applies=lambda case, content: _context_only(case, content)
-            != tuple(content.cached_len(q, c) for q, c in zip(case.rows.query_lens, case.rows.context_lens, strict=True)),
+            applies=lambda case, content: (
+                _context_only(case, content)
+                != tuple(
+                    content.cached_len(q, c) for q, c in zip(case.rows.query_lens, case.rows.context_lens, strict=True)
+                )
+            ),
             cached_lens=_context_only,
         ),
         Plant(

@@ -49,7 +49,10 @@ def test_a_folder_outside_the_tree_is_found_and_its_files_import_each_other(tmp_
 
 
 def test_finding_kernels_imports_neither_torch_nor_triton() -> None:
-    code = "import sys; from harness.kernel.registry import find_kernels; find_kernels(); print({'torch', 'triton'} & set(sys.modules))"
+    code = (
+        "import sys; from harness.kernel.registry import find_kernels; find_kernels();"
+        "print({'torch', 'triton'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=IN_TREE.parent, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
@@ -60,7 +63,7 @@ def test_mistakes_are_one_clear_message(tmp_path: Path) -> None:
     with pytest.raises(KernelNotFound, match="'paged_decode' is declared twice"):
         find_kernels([family(tmp_path / "twice", name="paged_decode")])
     kernels = find_kernels([family(tmp_path / "needs", needs=("no_such_package",))])
-    with pytest.raises(KernelNotFound, match="'mine' needs no_such_package. pip install it"):
+    with pytest.raises(KernelNotFound, match=r"'mine' needs no_such_package\. pip install it"):
         load_entry(kernels["mine"])
     with pytest.raises(KernelNotFound, match="Did you mean 'unified_paged'"):
         get(kernels, "unified_pagd")

@@ -36,7 +36,7 @@ def make_case(
     seed: int = 0,
     alibi: bool = False,
     sinks: bool = False,
-    **features: Any,  # noqa: ANN401 (fields of AttentionInputs)
+    **features: Any,
 ) -> AttentionInputs:
     """normal: N(0,1); outliers: plus N(0,100) in one of a thousand; structured: 8 distinct keys, V with a mean."""
     g = torch.Generator().manual_seed(seed)

@@ -37,10 +37,19 @@ class Toys:
     def __init__(self, pytester: pytest.Pytester) -> None:
         self.pytester = pytester
 
-    def run(self, kernels: str, *options: str, axes: str = "", expect: str = "", isolated: bool = False) -> pytest.RunResult:
+    def run(
+        self, kernels: str, *options: str, axes: str = "", expect: str = "", isolated: bool = False
+    ) -> pytest.RunResult:
         path = self.pytester.path / "toys.yaml"
         path.write_text(MATRIX.format(kernels=kernels, axes=axes, expect=expect))
-        arguments = ["-p", "harness.plugin", str(path), f"--kernels={KERNELS}", f"--reports={self.pytester.path / 'reports'}", *options]
+        arguments = [
+            "-p",
+            "harness.plugin",
+            str(path),
+            f"--kernels={KERNELS}",
+            f"--reports={self.pytester.path / 'reports'}",
+            *options,
+        ]
         if isolated:
             return self.pytester.runpytest_subprocess(*arguments)
         return self.pytester.runpytest_inprocess(*arguments)
@@ -67,7 +76,9 @@ def test_an_honest_kernel_is_green_and_quiet(toys: Toys) -> None:
     result = toys.run("toy_honest")
     assert result.ret == 0
     assert toys.outcomes == {"toy_honest": {Outcome.PASS}}
-    result.stdout.fnmatch_lines(["toys*2 cases*1 kernel*worst*of tolerance*", "2 passed, 0 blind.  reports/latest.jsonl"])
+    result.stdout.fnmatch_lines(
+        ["toys*2 cases*1 kernel*worst*of tolerance*", "2 passed, 0 blind.  reports/latest.jsonl"]
+    )
     result.stdout.no_fnmatch_line("*Reproduce*")
     header, records = read_run(toys.pytester.path / "reports" / "latest.jsonl")
     assert header.environment["torch"]

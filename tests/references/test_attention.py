@@ -37,7 +37,7 @@ def make_inputs(
     seed: int = 0,
     alibi: bool = False,
     sinks: bool = False,
-    **features: Any,  # noqa: ANN401 (fields of AttentionInputs)
+    **features: Any,
 ) -> AttentionInputs:
     g = torch.Generator().manual_seed(seed)
     heads = kv_heads * group
@@ -208,7 +208,7 @@ class LiveBytes(TorchDispatchMode):
         self.alive: dict[int, int] = {}
         self.peak = self.largest = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in (
             [result] if isinstance(result, torch.Tensor) else result if isinstance(result, tuple | list) else []
