@@ -28,7 +28,7 @@ class Outcome(str, Enum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of one case. `explanation` is plain, JSON-serialisable data for renderers (harness.triage builds it)."""
+    """What became of one case. `explanation` is plain JSON data for renderers; harness.triage builds it."""
 
     outcome: Outcome
     reason: str  # one line, enough to act on

@@ -1,6 +1,6 @@
 """One case, end to end: set-up, checks, reference, launch, judgement. Pure of pytest and of rendering.
 
-Invariant: every case ends in exactly one Verdict. Faults of the kernel, of the set-up and of the harness are never mixed
+Invariant: every case ends in exactly one Verdict. Faults of kernel, set-up and harness are never mixed
 up: set-up faults stop before the launch, and only what the launch itself raises or breaks is blamed on the kernel.
 """
 
