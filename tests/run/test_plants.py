@@ -1,0 +1,91 @@
+"""Planted set-up faults get the verdict they deserve; without them the same cases pass."""
+
+from __future__ import annotations
+
+import pytest
+
+from harness.case import Case, Rows
+from harness.errors import UsageError
+from harness.kernel.registry import find_kernels
+from harness.run.outcome import Outcome, Verdict
+from harness.run.plant import NO_PLANT, PLANTS, Plant, find_plant
+from harness.run.run_case import Options, run_case
+
+KERNELS = find_kernels()
+MIXED = Rows("mixed", (5, 1, 3), (20, 33, 0))
+DECODE = Rows("decode", (1, 1), (20, 33))
+
+
+def case(kernel: str, kv_dtype: str = "auto", **axes: object) -> Case:
+    rows = DECODE if kernel == "paged_decode" else MIXED
+    values = {"num_q_heads": 4, "gqa_ratio": 2, "head_size": 32, "layout": "vllm_classic", **axes}
+    return Case("plants", kernel, rows, kv_dtype=kv_dtype, **values)  # type: ignore[arg-type]
+
+
+def run(kernel: str, plant: Plant = NO_PLANT, *, checks: bool = True, **axes: object) -> Verdict:
+    options = Options(device="cpu", contract_checks=checks, plant=plant)
+    return run_case(case(kernel, **axes), KERNELS[kernel], options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kv_dtype", ["auto", "fp8_e4m3"])
+def test_without_a_plant_every_kernel_passes(kernel: str, kv_dtype: str) -> None:
+    verdict = run(kernel, kv_dtype=kv_dtype)
+    assert verdict.outcome is Outcome.PASS, verdict.reason
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", PLANTS)
+def test_every_plant_gets_the_outcome_it_names(name: str, kernel: str) -> None:
+    plant = PLANTS[name]
+    planted = case(kernel, kv_dtype="fp8_e4m3")
+    if not plant.applies(planted, KERNELS[kernel].content):
+        assert (name, kernel) == ("decode-token-missing", "prefix_prefill")  # which finds no new token in the cache
+        return
+    verdict = run(kernel, plant, kv_dtype="fp8_e4m3")
+    assert verdict.outcome.value == plant.expected, verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (
+            "decode-token-missing",
+            ("before launch", "decode row, sequence 1", "positions 0..33", "position 33 is poison"),
+        ),
+        ("index-int64", ("block_table", "int32", "chunked_prefill_paged_decode", "got int64")),
+        ("cumsum-int64", ("query_start_loc", "int32", "got int64", "cumsum", "cast after it")),
+        ("zero-pool", ("position 20 is zero", "hold poison so that a read shows")),
+        ("scale-one", ("k_descale", "v_descale", "is 1")),
+        ("identity-table", ("page_mapping",)),
+    ],
+)
+def test_the_verdict_says_what_is_wrong(name: str, words: tuple[str, ...]) -> None:
+    reason = run("chunked_prefill_paged_decode", PLANTS[name], kv_dtype="fp8_e4m3").reason
+    assert all(word in reason for word in words), reason
+
+
+def test_unchecked_a_missing_decode_token_fails_in_exactly_the_decode_row() -> None:
+    verdict = run("chunked_prefill_paged_decode", PLANTS["decode-token-missing"], checks=False)
+    assert verdict.outcome is Outcome.FAIL
+    assert verdict.explanation is not None
+    (wrong, where, *_) = verdict.explanation["rows"]["wrong"]
+    assert wrong == "128 of 1,152 elements = 1 token x 4 heads x 32 dims"
+    assert where == "sequence 1, decode row, position 33 (query_len 1, context 33)"
+
+
+@pytest.mark.parametrize("name", ["index-int64", "cumsum-int64"])
+def test_unchecked_a_kernel_that_reads_any_integer_is_not_blamed(name: str) -> None:
+    """Ours read int64 rightly; without the check the fault would have gone unseen, which is why there is one."""
+    assert run("chunked_prefill_paged_decode", PLANTS[name], checks=False).outcome is Outcome.PASS
+
+
+def test_an_unknown_plant_is_one_message() -> None:
+    with pytest.raises(UsageError, match="Did you mean 'zero-pool'"):
+        find_plant("zero-pol")
+
+
+def test_a_plant_that_changes_nothing_does_not_apply() -> None:
+    assert not PLANTS["scale-one"].applies(case("unified_paged"), KERNELS["unified_paged"].content)
+    prefill_only = Case("plants", "unified_paged", Rows("prefill", (5,), (7,)))
+    assert not PLANTS["decode-token-missing"].applies(prefill_only, KERNELS["unified_paged"].content)
