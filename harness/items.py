@@ -14,7 +14,7 @@ import pytest
 
 from harness.errors import AttnregError
 from harness.matrix.axes import case_id
-from harness.session import SESSION, Session
+from harness.session import SELECTED, SESSION, Session
 
 if TYPE_CHECKING:
     from harness.case import Case
@@ -55,6 +55,7 @@ class MatrixFile(pytest.File):
                 yield MatrixItem.from_parent(self, name=case_id(case), case=case, line=line, expectation=expectation)
             else:
                 session.num_deselected += 1
+                session.coverage[matrix.name] = SELECTED
 
 
 class MatrixItem(pytest.Item):

@@ -7,7 +7,7 @@ attnreg is never turned into a skip.
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ import pytest
 from harness.errors import AttnregError
 from harness.items import MatrixFile, MatrixItem, is_matrix
 from harness.reporting import COVERAGE, Reporting
-from harness.session import SESSION, Session
+from harness.session import SELECTED, SESSION, Session
 
 TIERS = ("smoke", "ci", "nightly", "probe")
 
@@ -74,6 +74,12 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
             f"{' and '.join(chosen)} leaves none of {facts.num_deselected} cases of tier {facts.tier}"
         )
     raise pytest.UsageError(f"no matrix has a case in tier {facts.tier}: {', '.join(facts.coverage)}")
+
+
+def pytest_deselected(items: Sequence[pytest.Item]) -> None:
+    for item in items:
+        if isinstance(item, MatrixItem):
+            item.facts.coverage[item.case.matrix] = SELECTED
 
 
 @pytest.hookimpl(wrapper=True)

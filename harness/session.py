@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from harness.run.run_case import Options
     from harness.store.record import Record
 
+SELECTED = "selected"  # in place of coverage, where options left cases of a matrix out
 PROJECT = Path(__file__).resolve().parents[1]
 
 

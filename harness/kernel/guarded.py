@@ -1,7 +1,8 @@
 """Guarded tensors: outputs that start as NaN inside red zones, inputs whose bytes are hashed.
 
-Invariant: after a launch, every byte of an output's allocation that is not part of the output still holds the poison,
-and every byte of every input's allocation is what it was.
+Invariant: after a launch, every element of an output's allocation that is not part of the output still holds the
+poison, and every byte of every input's allocation is what it was. The poison is a NaN of its own: one that a kernel
+computes, or reads from a poisoned cache and passes on, does not count as never written.
 """
 
 from __future__ import annotations
@@ -10,47 +11,55 @@ from dataclasses import dataclass
 
 import torch
 
-POISON_BYTE = 0xFF  # NaN in every float type in use, -1 in every integer type
+POISON = {  # by element size: integer type and bits, a NaN in every float type of that size
+    1: (torch.uint8, 0x7F),
+    2: (torch.int16, 0x7FD5),
+    4: (torch.int32, 0x7FD5A5A5),
+    8: (torch.int64, 0x7FF5A5A5A5A5A5A5),
+}
 MARGIN = 512  # elements of red zone on either side
-_SAME_SIZE_INT = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
 class GuardedOutput:
-    """`tensor` is handed to the kernel; `allocation` [bytes] uint8 surrounds it."""
+    """`tensor` is handed to the kernel; `allocation` [elements] holds it and all around it as integers."""
 
     name: str
     tensor: torch.Tensor
     allocation: torch.Tensor
 
+    @property
+    def _poison(self) -> int:
+        return POISON[self.tensor.element_size()][1]
+
+    def _here(self, allocation: torch.Tensor) -> torch.Tensor:
+        """The elements of the output in an image of its allocation."""
+        return allocation.as_strided(self.tensor.shape, self.tensor.stride(), self.tensor.storage_offset())
+
     def overrun(self) -> str | None:
-        """Where a byte outside the output was written, or None."""
+        """Where an element outside the output was written, or None."""
         outside = self.allocation.clone()
-        view = _same_place(self.tensor, outside)
-        view.fill_(-1 if view.dtype != torch.uint8 else POISON_BYTE)
-        touched = outside != POISON_BYTE
+        self._here(outside).fill_(self._poison)
+        touched = outside != self._poison
         if not bool(touched.any()):
             return None
-        first = int(touched.nonzero()[0, 0])
-        start = self.tensor.storage_offset() * self.tensor.element_size()
-        side = "before" if first < start else "behind or between the rows of"
-        place = f"the first {first - start:+d} bytes from its start"
-        return f"{int(touched.sum())} bytes {side} {self.name} were written, {place}"
+        first = int(touched.nonzero()[0, 0]) - self.tensor.storage_offset()
+        side = "before" if first < 0 else "behind or between the rows of"
+        return f"{int(touched.sum())} elements {side} {self.name} were written, the first {first:+d} from its start"
 
     def unwritten(self) -> torch.Tensor:
         """bool, of the output's shape: elements that still hold the poison they were handed out with."""
-        view = _same_place(self.tensor, self.allocation)
-        return view == (-1 if view.dtype != torch.uint8 else POISON_BYTE)
+        return self._here(self.allocation) == self._poison
 
 
 def guarded_output(
     name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, strided: bool
 ) -> GuardedOutput:
     """A poisoned output of `shape` inside red zones; `strided` adds gaps between heads and between tokens."""
-    size = dtype.itemsize
+    integer, poison = POISON[dtype.itemsize]
     strides = _strides(shape, strided)
     extent = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if all(shape) else 0
-    allocation = torch.full(((extent + 2 * MARGIN) * size,), POISON_BYTE, dtype=torch.uint8, device=device)
+    allocation = torch.full((extent + 2 * MARGIN,), poison, dtype=integer, device=device)
     tensor = allocation.view(dtype).as_strided(shape, strides, MARGIN)
     return GuardedOutput(name, tensor, allocation)
 
@@ -68,12 +77,6 @@ def _strides(shape: tuple[int, ...], strided: bool) -> tuple[int, ...]:
     for i in range(len(shape) - 2, -1, -1):
         strides[i] = strides[i + 1] * shape[i + 1] + (8 if strided else 0)
     return tuple(strides)
-
-
-def _same_place(tensor: torch.Tensor, allocation: torch.Tensor) -> torch.Tensor:
-    """The elements of `tensor` as integers, looked up in `allocation` (a byte image of its allocation)."""
-    integers = allocation.view(_SAME_SIZE_INT[tensor.element_size()])
-    return integers.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def fingerprint(tensor: torch.Tensor) -> int:

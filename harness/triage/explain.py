@@ -74,7 +74,7 @@ def explain_mismatch(case: Case, findings: Findings) -> dict[str, Any]:
 
 def explain_setup_bug(bug: SetupBug) -> dict[str, Any]:
     """Explanation of a TEST_BUG: which argument, what was built, what the contract wants, how such a thing happens."""
-    lines = [f"{bug.tensor} is {bug.got}, expected {bug.expected}"] + ([f"({bug.hint})"] if bug.hint else [])
+    lines = [f"{bug.tensor}: got {bug.got}, expected {bug.expected}"] + ([f"({bug.hint})"] if bug.hint else [])
     return plain_dict(
         {
             "rows": {"before launch": lines},

@@ -41,7 +41,8 @@ def test_one_element_outside_the_output_is_seen(offset: int, words: str) -> None
 def test_one_unwritten_element_is_seen() -> None:
     guarded = output()
     guarded.tensor[:, :, :4] = 0.0
-    guarded.tensor[:2, :, 4] = float("nan")  # a NaN that was computed is not the poison
+    guarded.tensor[0, :, 4] = float("nan")  # a NaN that was computed is not the poison
+    guarded.tensor.view(torch.int16)[1, :, 4] = -1  # nor is one that was read from a poisoned cache
     assert guarded.unwritten().nonzero().tolist() == [[2, 0, 4], [2, 1, 4]]
 
 

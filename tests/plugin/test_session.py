@@ -94,7 +94,7 @@ def test_an_honest_kernel_is_green_and_quiet(toys: Toys) -> None:
         ("toy_silent", "*unwritten*"),
         ("toy_forgetful", "*worst * tolerance*"),
         ("toy_greedy", "*q was written by the kernel*"),
-        ("toy_overrun", "*bytes behind or between the rows of out were written*"),
+        ("toy_overrun", "*1 elements behind or between the rows of out were written*"),
         ("toy_raising", "*the kernel raised RuntimeError: no such instruction*"),
     ],
 )

@@ -87,7 +87,7 @@ LONG = "paged_decode-chunked-gqa8-d128-sw16-kvfp8_e4m3-p16-decode_first-normal-e
             ),
             """\
 TEST_BUG  paged_decode-d128                              cases/paged_decode.yaml:7
-  before launch  query_start_loc is int64, expected int32
+  before launch  query_start_loc: got int64, expected int32
                  (torch.cumsum of an int32 tensor returns int64: cast it)
 Reproduce: pytest 'cases/paged_decode.yaml::paged_decode-d128'""",
         ),

@@ -240,7 +240,7 @@ def test_percent_is_never_rounded_to_all_or_nothing() -> None:
 def test_other_outcomes() -> None:
     bug = explain_setup_bug(SetupBug("query_start_loc", "int32", "int64", "torch.cumsum of int32 returns int64"))
     assert bug["rows"]["before launch"] == [
-        "query_start_loc is int64, expected int32",
+        "query_start_loc: got int64, expected int32",
         "(torch.cumsum of int32 returns int64)",
     ]
     blind = explain_blind({"zero output": 0.11, "K descale": 0.0}, advice="data: probe")
