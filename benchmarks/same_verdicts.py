@@ -118,7 +118,7 @@ def verdicts(quick: bool, scratch: Path) -> Iterator[tuple[str, str]]:
             chosen = [case for case in cases if source.applies(case)]
             if name not in source.kernels or not chosen:
                 continue
-            faulty = faulty_contract(contract, source, scratch / f"{name}-{len(fault)}")
+            faulty = faulty_contract(contract, source, scratch / name / fault.replace(" ", "_"))
             for case in chosen:
                 yield f"{fault} | {case_id(case)}", run_case(case, faulty, Options()).outcome.value
 

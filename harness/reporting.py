@@ -59,7 +59,10 @@ class Reporting:
         from harness.report.terminal import render_run
 
         writer = terminalreporter._tw
-        coverage = {name: CoverageLine(text, "%" not in text or "100 %" in text) for name, text in self.session.coverage.items()}
+        coverage = {
+            name: CoverageLine(text, complete="%" not in text or "100 %" in text)
+            for name, text in self.session.coverage.items()
+        }
         text = render_run(
             self.records,
             self.log.header,

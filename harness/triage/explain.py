@@ -6,6 +6,7 @@ everything else in it is the same again as numbers, for machines. Any later find
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -168,7 +169,7 @@ def _how_much(case: Case, worst: Worst | None) -> list[str]:
 
 
 def _ratio(ratio: float) -> str:
-    return f"{ratio:.3g}x tolerance"
+    return f"{ratio:.3g}x tolerance" if math.isfinite(ratio) else "beyond any tolerance"
 
 
 def _place_data(case: Case, worst: Worst) -> dict[str, Any]:
