@@ -205,7 +205,7 @@ def test_infinite_errors_are_plain_data() -> None:
     tensor = TensorFindings("out", float("inf"), mask, 1, mask.numel(), 1, 0, 0, worst)
     explanation = explain_mismatch(CASE, Findings((tensor,)))
     assert explanation["tensors"][0]["worst"]["got"] == "nan"
-    assert explanation["rows"]["how much"][0] == "worst infx tolerance: got nan want 0.4 +- 0.003"
+    assert explanation["rows"]["how much"][0] == "worst beyond any tolerance: got nan want 0.4 +- 0.003"
 
 
 def test_a_mask_of_another_shape_is_refused() -> None:
