@@ -6,6 +6,7 @@ Invariant: collecting imports neither torch nor a kernel; an item holds a frozen
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from harness.errors import AttnregError
+from harness.matrix import SHARED_ROWS
 from harness.matrix.axes import case_id
 from harness.session import SELECTED, SESSION, Session
 
@@ -23,11 +25,19 @@ if TYPE_CHECKING:
     from harness.store.record import Record
 
 
+_MATRIX_KEY = re.compile(r"""^["']?matrix["']?\s*:""", re.MULTILINE)
+_YAML = (".yaml", ".yml")
+
+
 def is_matrix(path: Path) -> bool:
-    """Whether a file holds a matrix: YAML with a key `matrix` at the top."""
-    if path.suffix not in (".yaml", ".yml"):
+    """Whether a file is taken for a matrix: all YAML beside a matrix is, shared rows apart.
+
+    A file whose key `matrix` is misspelt is then an error, not a sweep that vanished.
+    """
+    if path.suffix not in _YAML or path.name == SHARED_ROWS:
         return False
-    return any(line.startswith("matrix:") for line in path.read_text(encoding="utf-8", errors="replace").splitlines())
+    beside = (other for other in path.parent.iterdir() if other.suffix in _YAML and other.is_file())
+    return any(_MATRIX_KEY.search(other.read_text(encoding="utf-8", errors="replace")) for other in beside)
 
 
 def matrix_files(paths: Iterable[Path]) -> Iterable[Path]:
@@ -47,11 +57,12 @@ class MatrixFile(pytest.File):
         session = self.config.stash[SESSION]
         try:
             matrix, expansion = session.expand(self.path)
+            found = [(c, matrix.expectation(c)) if session.selects(c) else None for c in expansion.cases]
         except AttnregError as error:
             raise self.CollectError(str(error)) from None
-        for case, line in zip(expansion.cases, expansion.lines, strict=True):
-            if session.selects(case):
-                expectation = matrix.expectation(case)
+        for one, line in zip(found, expansion.lines, strict=True):
+            if one is not None:
+                case, expectation = one
                 yield MatrixItem.from_parent(self, name=case_id(case), case=case, line=line, expectation=expectation)
             else:
                 session.num_deselected += 1

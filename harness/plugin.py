@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from harness.errors import AttnregError
+from harness.errors import AttnregError, UsageError
 from harness.items import MatrixFile, MatrixItem, is_matrix
+from harness.matrix import TIERS
 from harness.reporting import COVERAGE, Reporting
 from harness.session import SELECTED, SESSION, Session
-
-TIERS = ("smoke", "ci", "nightly", "probe")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -42,6 +41,11 @@ def pytest_configure(config: pytest.Config) -> None:
             from harness.run.plant import find_plant  # imports torch, which collecting does without
 
             find_plant(config.getoption("--plant"))
+        if config.getoption("--device") == "cuda":
+            import torch
+
+            if not torch.cuda.is_available():
+                raise UsageError("--device cuda: torch finds no CUDA or ROCm device here")
     except AttnregError as error:
         raise pytest.UsageError(str(error)) from None
     config.stash[SESSION] = session
@@ -64,18 +68,6 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> MatrixFile
     return MatrixFile.from_parent(parent, path=file_path) if named or is_matrix(file_path) else None
 
 
-def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
-    facts = config.stash[SESSION]
-    if items or session.testsfailed or not facts.coverage:
-        return
-    if facts.num_deselected:
-        chosen = [f"{name} '{value}'" for name in ("--where", "--plant") if (value := config.getoption(name))]
-        raise pytest.UsageError(
-            f"{' and '.join(chosen)} leaves none of {facts.num_deselected} cases of tier {facts.tier}"
-        )
-    raise pytest.UsageError(f"no matrix has a case in tier {facts.tier}: {', '.join(facts.coverage)}")
-
-
 def pytest_deselected(items: Sequence[pytest.Item]) -> None:
     for item in items:
         if isinstance(item, MatrixItem):
@@ -93,4 +85,4 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 def pytest_sessionfinish(session: pytest.Session) -> None:
     facts = session.config.stash[SESSION]
     if facts.is_worker:
-        vars(session.config)["workeroutput"][COVERAGE] = facts.coverage
+        vars(session.config)["workeroutput"][COVERAGE] = (facts.coverage, facts.num_deselected)

@@ -14,7 +14,7 @@ import pytest
 
 from harness.errors import AttnregError
 from harness.run.outcome import Outcome, Verdict
-from harness.session import Session
+from harness.session import SELECTED, Session
 from harness.store.environment import environment
 from harness.store.record import Header, Record
 from harness.store.run_log import RunLog, new_run_id, utc_now
@@ -30,15 +30,41 @@ class Reporting:
         self.session = session
         self.records: list[Record] = []
         self.log: RunLog | None = None
+        self.nothing_ran = ""  # why, where no case was run
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """A run whose matrices cannot be read is the latest run too: an older, green one must not stand for it."""
+        if report.failed and report.nodeid.endswith((".yaml", ".yml")):
+            self._open_log()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         record = self._record_of(report)
         if record is None:
             return
-        if self.log is None:
-            self.log = RunLog(self.session.reports, self._header())
-        self.log.write(record)
+        self._open_log().write(record)
         self.records.append(record)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """A run in which nothing ran is not green, and says why."""
+        if self.session.config.getoption("--collect-only"):
+            return
+        self.nothing_ran = self._nothing_ran(int(session.exitstatus))
+        if self.nothing_ran:
+            session.exitstatus = pytest.ExitCode.USAGE_ERROR
+
+    def _nothing_ran(self, status: int) -> str:
+        facts = self.session
+        if self.records and all(record.outcome is Outcome.UNSUPPORTED for record in self.records):
+            return f"nothing was tested: all {len(self.records)} cases are outside the contracts of their kernels"
+        if self.records or not facts.coverage or status not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+            return ""
+        if facts.num_deselected:
+            chosen = [f"{n} '{v}'" for n in ("--where", "--plant") if (v := facts.config.getoption(n))]
+            return f"{' and '.join(chosen)} leaves none of {facts.num_deselected} cases of tier {facts.tier}"
+        if SELECTED in facts.coverage.values():
+            return ""  # pytest's own selection, which pytest reports
+        return f"no matrix has a case in tier {facts.tier}: {', '.join(facts.coverage)}"
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
@@ -53,6 +79,8 @@ class Reporting:
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self.log is None:
+            if self.nothing_ran:
+                terminalreporter.write_line(f"ERROR: {self.nothing_ran}", red=True)
             return
         self.log.close()
         from harness.report.summary import CoverageLine
@@ -73,11 +101,20 @@ class Reporting:
         )
         terminalreporter.ensure_newline()
         writer.write(text)
+        if self.nothing_ran:
+            terminalreporter.write_line(f"ERROR: {self.nothing_ran}", red=True)
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
         """Workers collect, the controller does not: they send what they know of coverage."""
-        self.session.coverage.update(getattr(node, "workeroutput", {}).get(COVERAGE, {}))
+        coverage, num_deselected = getattr(node, "workeroutput", {}).get(COVERAGE, ({}, 0))
+        self.session.coverage.update(coverage)
+        self.session.num_deselected = max(self.session.num_deselected, num_deselected)
+
+    def _open_log(self) -> RunLog:
+        if self.log is None:
+            self.log = RunLog(self.session.reports, self._header())
+        return self.log
 
     def _shown(self, path: Path) -> Path:
         root = self.session.config.rootpath

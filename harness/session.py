@@ -5,6 +5,7 @@ Invariant: nothing here is global; the controller owns the run log, workers only
 
 from __future__ import annotations
 
+import datetime
 import functools
 import os
 from collections.abc import Mapping
@@ -21,7 +22,8 @@ from harness.kernel.registry import find_kernels
 from harness.matrix.axes import case_id
 from harness.matrix.expand import Expansion
 from harness.matrix.loading import load
-from harness.matrix.matrix import Matrix
+from harness.matrix.matrix import TIERS, Matrix
+from harness.matrix.source import Mistake, Span
 from harness.matrix.where import Where
 
 if TYPE_CHECKING:
@@ -74,8 +76,26 @@ class Session:
         """The matrix at `path` and its cases of this session's tier. Raises MatrixError."""
         matrix = load(path, kernel_names=self.kernels)
         expansion = matrix.expand(self.tier, supported=self.unsupported)
+        self._check_expectations(matrix, expansion)
         self.coverage[matrix.name] = expansion.describe()
         return matrix, expansion
+
+    def _check_expectations(self, matrix: Matrix, expansion: Expansion) -> None:
+        """MatrixError for an expectation that hides nothing any more: of no case in any tier, or expired unnoticed."""
+        everywhere: list[Case] = []
+        for expectation in matrix.expectations:
+            if any(expectation.where.evaluate(case) for case in expansion.cases):
+                continue  # the cases it meets say so themselves if it has expired
+            if not everywhere:
+                everywhere = [c for t in TIERS for c in matrix.expand(t, supported=self.unsupported).cases]
+            what = None
+            if expectation.expired(datetime.date.today()):
+                what = f"this expectation expired on {expectation.until.isoformat()}: look at {expectation.issue} again"
+            elif not any(expectation.where.evaluate(case) for case in everywhere):
+                what = f"this expectation meets no case of any tier: '{expectation.where.text}'"
+            if what is not None:
+                matrix.source.add(Mistake(Span(expectation.line, 1), what))
+        matrix.source.finish()
 
     def find_case(self, path: Path, wanted: str) -> tuple[Case, int]:
         """Case and line of an id in the matrix at `path`. Raises MatrixError, or UsageError where there is none."""

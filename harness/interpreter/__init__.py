@@ -6,11 +6,10 @@ manager is `harness.interpreter.strict.strict_interpreter`.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 
-from harness.interpreter.errors import InterpreterNotReady, InterpreterUnsupported
+from harness.interpreter.errors import InterpreterNotReady
 
 _VARIABLE = "TRITON_INTERPRET"  # Triton's own switch, read when a kernel is decorated
 
@@ -18,11 +17,9 @@ _VARIABLE = "TRITON_INTERPRET"  # Triton's own switch, read when a kernel is dec
 def prepare(device: str) -> None:
     """Make Triton interpret kernels on `device` "cpu" and compile them on any other.
 
-    Call before triton is imported: Triton decides when a kernel, its own library included, is decorated. Raises
-    InterpreterUnsupported where triton is not installed, InterpreterNotReady where it was imported the other way.
+    Call before triton is imported: Triton decides when a kernel, its own library included, is decorated. Triton need
+    not be installed. Raises InterpreterNotReady where it was imported the other way.
     """
-    if importlib.util.find_spec("triton") is None:
-        raise InterpreterUnsupported("triton is not installed: pip install triton")
     interpret = device.split(":")[0] == "cpu"
     imported = imported_interpreted()
     if imported is not None and imported is not interpret:
@@ -35,11 +32,6 @@ def prepare(device: str) -> None:
         os.environ[_VARIABLE] = "1"
     else:
         os.environ.pop(_VARIABLE, None)
-
-
-def enable() -> None:
-    """`prepare("cpu")`."""
-    prepare("cpu")
 
 
 def imported_interpreted() -> bool | None:

@@ -6,6 +6,7 @@ whatever a contract does not admit is UNSUPPORTED, with the clause that says so,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,6 +49,7 @@ class Contract:
     tail: str = "nan"  # nan: loads behind the last token are masked | loud: masked after the product, so finite only
     returns_lse: bool = True
     launches: tuple[str, ...] = ()  # names of the device kernels it may launch; () where they cannot be observed
+    takes: Callable[[Case], frozenset[str]] | None = None  # those that a case must launch; None: all of `launches`
     needs: tuple[str, ...] = ()  # importable modules beyond torch, e.g. ("triton",)
     install_hint: str = ""  # one line: what to install when `needs` is not met
     numerics: NumericsProfile = field(default_factory=NumericsProfile)
@@ -57,6 +59,10 @@ class Contract:
         unknown = self.features - FEATURES.keys()
         if unknown:
             raise ValueError(f"contract of {self.name}: unknown features {sorted(unknown)}; known: {sorted(FEATURES)}")
+
+    def must_launch(self, case: Case) -> frozenset[str]:
+        """The device kernels without which `case` did not take the path it is for."""
+        return frozenset(self.launches) if self.takes is None else self.takes(case)
 
     def unsupported(self, case: Case) -> str | None:
         """The clause of this contract that `case` is outside of, or None where the case is admitted."""

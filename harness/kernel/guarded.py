@@ -71,6 +71,16 @@ def strided_copy(tensor: torch.Tensor) -> torch.Tensor:
     return guarded.tensor
 
 
+def same_bits(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    """Whether two tensors hold the same bits, NaN included, wherever they lie; None is equal to None only."""
+    if one is other:
+        return True
+    if one is None or other is None or one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    integer, _ = POISON[one.element_size()]
+    return one.device == other.device and torch.equal(one.view(integer), other.view(integer))
+
+
 def _strides(shape: tuple[int, ...], strided: bool) -> tuple[int, ...]:
     """Row-major strides; with gaps of 8 elements behind every dimension but the last where `strided`."""
     strides = [1] * len(shape)

@@ -6,6 +6,7 @@ Invariant: `ran` is observed at the launch of each device kernel, not claimed by
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -13,9 +14,9 @@ from typing import Any
 
 import torch
 
-from harness.errors import KernelRaised, first_line
+from harness.case import Case
+from harness.errors import AttnregError, KernelRaised, first_line
 from harness.interpreter.errors import MemoryFault
-from harness.interpreter.strict import strict_interpreter
 from harness.kernel.arguments import LaunchArguments
 from harness.kernel.contract import Contract
 from harness.kernel.guarded import GuardedOutput, fingerprint
@@ -35,6 +36,7 @@ class LaunchResult:
 
 def launch(
     contract: Contract,
+    case: Case,
     launcher: Launcher,
     args: LaunchArguments,
     outputs: tuple[GuardedOutput, ...],
@@ -48,21 +50,22 @@ def launch(
     inputs = input_tensors(args)
     before = {name: fingerprint(tensor) for name, tensor in inputs.items()}
     violations: list[str] = []
-    if "triton" not in contract.needs:
+    if "triton" not in sys.modules:  # loading the kernel imports it where it is used at all
         _call(launcher, args)
-        ran: tuple[str, ...] = (contract.name,)
+        ran: tuple[str, ...] = ()
     elif args.q.device.type == "cpu":
         ran, broken = _interpreted(launcher, args, inputs, outputs, program_order_seed)
         violations += broken
     else:
         with observed_triton_launches() as names:
             _call(launcher, args)
-        torch.cuda.synchronize(args.q.device)
         ran = tuple(dict.fromkeys(names))
-    violations += _which_ran(contract, ran)
+    if args.q.device.type == "cuda":
+        torch.cuda.synchronize(args.q.device)
+    violations += _which_ran(contract, case, ran)
     violations += [f"{name} was written by the kernel" for name, t in inputs.items() if fingerprint(t) != before[name]]
     violations += [overrun for output in outputs if (overrun := output.overrun())]
-    return LaunchResult(ran, tuple(violations))
+    return LaunchResult(ran or (contract.name,), tuple(violations))
 
 
 def input_tensors(args: LaunchArguments) -> dict[str, torch.Tensor]:
@@ -73,9 +76,9 @@ def input_tensors(args: LaunchArguments) -> dict[str, torch.Tensor]:
 def _call(launcher: Launcher, args: LaunchArguments) -> None:
     try:
         launcher(args)
-    except (MemoryFault, torch.OutOfMemoryError, torch.AcceleratorError):
+    except (AttnregError, torch.OutOfMemoryError, torch.AcceleratorError, KeyboardInterrupt):
         raise
-    except Exception as error:  # a kernel may raise anything; it is the kernel's failure and keeps its cause
+    except BaseException as error:  # a kernel may raise anything, also what ends or skips a test: it is a failure
         raise KernelRaised(f"the kernel raised {type(error).__name__}: {first_line(error)}") from error
 
 
@@ -86,18 +89,29 @@ def _interpreted(
     outputs: tuple[GuardedOutput, ...],
     seed: int,
 ) -> tuple[tuple[str, ...], list[str]]:
+    from harness.interpreter.strict import strict_interpreter  # needs numpy, which comes with triton
+
     written = {output.name: output.tensor for output in outputs}
     interpreter = strict_interpreter({**inputs, **written}, outputs=set(written), program_order_seed=seed)
     with interpreter as session, suppress(MemoryFault):  # recorded by the session; the kernel ends there
         _call(launcher, args)
-    return tuple(dict.fromkeys(launch.kernel for launch in session.launches)), [str(v) for v in session.violations]
+    broken = [str(violation) for violation in session.violations]
+    if session.cross_launch_overwrites:
+        broken.append(f"{session.cross_launch_overwrites} elements were stored by one launch and again by a later one")
+    return tuple(dict.fromkeys(launch.kernel for launch in session.launches)), broken
 
 
-def _which_ran(contract: Contract, ran: tuple[str, ...]) -> list[str]:
+def _which_ran(contract: Contract, case: Case, ran: tuple[str, ...]) -> list[str]:
+    """What is wrong with the device kernels that ran; nothing where the contract names none (plain torch)."""
+    if not contract.launches:
+        return []
     if not ran:
         return ["no device kernel was launched: whatever the output holds, this kernel did not write it"]
-    foreign = [name for name in ran if contract.launches and name not in contract.launches]
-    return [f"launched {', '.join(foreign)}, which the contract of {contract.name} does not name"] if foreign else []
+    foreign = [name for name in ran if name not in contract.launches]
+    missing = sorted(contract.must_launch(case) - set(ran))
+    return [f"launched {name}, which the contract of {contract.name} does not name" for name in foreign] + [
+        f"did not launch {name}, which the contract of {contract.name} says this case takes" for name in missing
+    ]
 
 
 @contextmanager

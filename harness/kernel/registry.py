@@ -16,7 +16,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 
-from harness.errors import KernelNotFound
+from harness.errors import AttnregError, KernelNotFound, KernelRaised
 from harness.kernel.arguments import LaunchArguments
 from harness.kernel.contract import Contract
 
@@ -47,7 +47,7 @@ def find_kernels(folders: Iterable[Path] = ()) -> dict[str, Contract]:
 def _contracts(folders: Iterable[Path]) -> Iterable[Contract]:
     for folder in (IN_TREE, *folders):
         families = sorted(path.parent for path in folder.glob("*/contract.py"))
-        if not families:
+        if not families and folder != IN_TREE:  # absent where attnreg was installed without its checkout
             raise KernelNotFound(f"{folder}: no kernels here (expected {folder.name}/<family>/contract.py)")
         for family in families:
             module = importlib.import_module(f"{_package(folder)}.{family.name}.contract")
@@ -86,7 +86,7 @@ def load_entry(contract: Contract) -> Launcher:
     """Import the implementation of a kernel and return its adapter.
 
     Raises KernelNotFound where a needed package is not installed (with the line that says what to install) or the
-    entry names nothing.
+    entry names nothing, KernelRaised where its code cannot be imported.
     """
     missing = [name for name in contract.needs if importlib.util.find_spec(name) is None]
     if missing:
@@ -94,11 +94,14 @@ def load_entry(contract: Contract) -> Launcher:
             f"kernel '{contract.name}' needs {', '.join(missing)}. {contract.install_hint or 'Install it first.'}"
         )
     where, _, function = contract.entry.partition(":")
-    if contract.folder is None:
+    if contract.folder is not None:
+        where = f"{_package(contract.folder.parent)}.{contract.folder.name}.{where.removesuffix('.py')}"
+    try:
         module = importlib.import_module(where)
-    else:
-        stem = where.removesuffix(".py")
-        module = importlib.import_module(f"{_package(contract.folder.parent)}.{contract.folder.name}.{stem}")
+    except AttnregError:
+        raise
+    except Exception as error:  # importing a kernel runs its code: what it raises is the kernel's failure
+        raise KernelRaised(f"'{contract.entry}' cannot be imported: {type(error).__name__}: {error}") from error
     launcher = getattr(module, function, None)
     if not callable(launcher):
         raise KernelNotFound(f"kernel '{contract.name}': '{contract.entry}' is not a function")

@@ -54,6 +54,10 @@ def summary_lines(
 ) -> list[Line]:
     """The table, what was planted, and the totals. coverage: by matrix name."""
     lines = _table(tally_matrices(records), coverage)
+    if header.options.get("no_contract_checks"):
+        lines += labelled(
+            "unchecked", ["contract checks were off: set-up faults reach the kernel"], width, "bold magenta"
+        )
     if header.plants:
         lines += labelled("planted", [", ".join(header.plants)], width, "bold magenta")
     return lines + _totals(tally_totals(records), log_path, width)

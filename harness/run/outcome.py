@@ -14,7 +14,7 @@ class Outcome(str, Enum):
     BLIND = "BLIND"  # the case could not have seen faults
     UNSUPPORTED = "UNSUPPORTED"  # declared by the contract
     XFAIL = "XFAIL"  # fails as an expectation with reason, link and expiry says
-    XPASS = "XPASS"  # an expectation that no longer holds, or has expired
+    XPASS = "XPASS"  # passes although a failure is expected
     NONDETERMINISTIC = "NONDETERMINISTIC"
     CRASH = "CRASH"  # a signal or a dead device context
     TIMEOUT = "TIMEOUT"

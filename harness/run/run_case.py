@@ -76,7 +76,12 @@ def run_case(case: Case, contract: Contract, options: Options) -> Verdict:
     case = options.plant.case(_reseeded(case, options))
     device = resolve_device(options.device)
     watch = Stopwatch(device)
-    verdict = _judged(case, contract, options, watch)
+    try:
+        verdict = _judged(case, contract, options, watch)
+    except torch.OutOfMemoryError as error:
+        verdict = Verdict(Outcome.OUT_OF_MEMORY, first_line(error))
+    except torch.AcceleratorError as error:
+        verdict = Verdict(Outcome.CRASH, f"the device context died: {first_line(error)}")
     seeds = {"geometry": case.geometry_seed, "data": case.data_seed}
     return replace(verdict, seconds=watch.seconds, seeds=seeds)
 
@@ -99,9 +104,7 @@ def _judged(case: Case, contract: Contract, options: Options, watch: Stopwatch) 
         return Verdict(Outcome.TEST_BUG, f"before launch: {bug}", explanation=explain_setup_bug(bug))
     except (LawError, PlacementError) as error:
         return Verdict(Outcome.TEST_BUG, f"this case cannot be built: {error}")
-    except torch.OutOfMemoryError as error:
-        return Verdict(Outcome.OUT_OF_MEMORY, f"while building the case: {first_line(error)}")
-    if options.contract_checks and (blind := _blindness(setup)):
+    if blind := _blindness(setup):
         return Verdict(Outcome.BLIND, blind)
     return _launched(contract, setup, watch)
 
@@ -121,7 +124,7 @@ def _launched(contract: Contract, setup: Setup, watch: Stopwatch) -> Verdict:
         with watch.phase("import"):
             launcher = load_entry(contract)
         with watch.phase("launch"):
-            result = launch(contract, launcher, setup.args, setup.outputs, program_order_seed=case.geometry_seed)
+            result = launch(contract, case, launcher, setup.args, setup.outputs, program_order_seed=case.geometry_seed)
         with watch.phase("reference"):
             reference = build_reference(setup.problem, setup.cache, contract)
         with watch.phase("judge"):
@@ -130,10 +133,6 @@ def _launched(contract: Contract, setup: Setup, watch: Stopwatch) -> Verdict:
         return Verdict(Outcome.ERROR, str(error))
     except KernelRaised as error:
         return Verdict(Outcome.FAIL, str(error))
-    except torch.OutOfMemoryError as error:
-        return Verdict(Outcome.OUT_OF_MEMORY, first_line(error))
-    except torch.AcceleratorError as error:
-        return Verdict(Outcome.CRASH, f"the device context died: {first_line(error)}")
 
 
 def build_reference(problem: Problem, cache: KVCache, contract: Contract) -> AttentionReference:

@@ -13,10 +13,11 @@ from harness.cache.build import KVCache, build_cache
 from harness.cache.verify import verify_cache
 from harness.case import Case
 from harness.dtypes import element_type
+from harness.errors import SetupBug
 from harness.kernel.arguments import LaunchArguments
 from harness.kernel.check import check_arguments
 from harness.kernel.contract import Contract
-from harness.kernel.guarded import GuardedOutput, guarded_output, strided_copy
+from harness.kernel.guarded import GuardedOutput, guarded_output, same_bits, strided_copy
 from harness.problem.problem import Problem
 from harness.run.plant import NO_PLANT, Plant
 
@@ -47,7 +48,7 @@ def build_arguments(problem: Problem, contract: Contract, plant: Plant = NO_PLAN
         k_cache=cache.k,
         v_cache=cache.v,
         layout=case.layout,
-        block_table=cache.block_table,
+        block_table=views(cache.block_table),
         query_start_loc=cache.query_start_loc,
         seq_lens=cache.seq_lens,
         max_query_len=max(case.rows.query_lens),
@@ -71,7 +72,50 @@ def build_arguments(problem: Problem, contract: Contract, plant: Plant = NO_PLAN
 def check_setup(setup: Setup, contract: Contract) -> None:
     """Raise SetupBug where the arguments or the content of the cache violate the contract."""
     check_arguments(contract, setup.problem.case, setup.args)
+    check_handover(setup)
     verify_cache(setup.problem, setup.cache, contract.content)
+
+
+def check_handover(setup: Setup) -> None:
+    """Raise SetupBug where an argument is not, bit for bit, what was built and is verified for this case."""
+    problem, cache, args = setup.problem, setup.cache, setup.args
+    case = problem.case
+    scalars = {
+        "layout": case.layout,
+        "kv_dtype": case.kv_dtype,
+        "max_query_len": max(case.rows.query_lens),
+        "max_seq_len": max(case.rows.seq_lens),
+        "softmax_scale": problem.softmax_scale,
+        "causal": case.causal,
+        "sliding_window": case.sliding_window or 0,
+        "logits_soft_cap": case.logits_soft_cap or 0.0,
+        "num_splits": case.num_splits or 0,
+    }
+    for name, expected in scalars.items():
+        if getattr(args, name) != expected:
+            raise SetupBug(name, f"{expected!r}, as the case says", repr(getattr(args, name)))
+    built = {
+        "q": problem.q,
+        "k": cache.new_k,
+        "v": cache.new_v,
+        "k_cache": cache.k,
+        "v_cache": cache.v,
+        "block_table": cache.block_table,
+        "seq_lens": cache.seq_lens,
+        "query_start_loc": cache.query_start_loc,
+        "k_scale": cache.k_scale,
+        "v_scale": cache.v_scale,
+        "alibi_slopes": problem.alibi_slopes,
+        "sinks": problem.sinks,
+    }
+    for name, tensor in built.items():
+        if not same_bits(getattr(args, name), tensor):
+            raise SetupBug(
+                name, "the values that were built for this case", "others" if tensor is not None else "a tensor"
+            )
+    for output in setup.outputs:
+        if getattr(args, output.name) is not output.tensor:
+            raise SetupBug(output.name, "the guarded output of this case", "another tensor")
 
 
 def _outputs(problem: Problem, contract: Contract) -> tuple[GuardedOutput, ...]:

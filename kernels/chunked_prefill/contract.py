@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from harness.cache.content import Content
+from harness.cache.content import Content, is_decode
+from harness.case import Case
 from harness.kernel.contract import Contract
 from harness.kernel.numerics import NumericsProfile
 
@@ -15,6 +16,14 @@ _COMMON = frozenset({
 })  # fmt: skip
 _PREFILL_TOO = _COMMON | {"prefill"}
 _INSTALL = "Install triton 3.6 or newer; on a CPU it runs under the interpreter (TRITON_INTERPRET=1)."
+
+
+def _takes(case: Case) -> frozenset[str]:
+    """By phase: the prefill kernel where a row is prefill, the decode kernel where one is decode."""
+    prefill = {"prefix_prefill_kernel"} if any(not is_decode(q) for q in case.rows.query_lens) else set()
+    decode = {"paged_decode_kernel"} if any(is_decode(q) for q in case.rows.query_lens) else set()
+    return frozenset(prefill | decode)
+
 
 KERNELS: tuple[Contract, ...] = (
     Contract(
@@ -46,6 +55,7 @@ KERNELS: tuple[Contract, ...] = (
         content=Content.BY_PHASE,
         features=_PREFILL_TOO,
         launches=("prefix_prefill_kernel", "paged_decode_kernel"),
+        takes=_takes,
         needs=("triton",),
         install_hint=_INSTALL,
         numerics=_PREFILL,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from harness.cache.content import Content
+from harness.case import Case
 from harness.kernel.contract import Contract
 from harness.kernel.numerics import NumericsProfile
 
@@ -10,6 +11,12 @@ _FEATURES = frozenset({
     "sliding_window", "noncausal", "logits_soft_cap", "alibi", "sinks", "split_kv", "head_size_v", "prefill",
     "strided_cache", "strided_inputs", "queries_before_keys",
 })  # fmt: skip
+
+
+def _takes(case: Case) -> frozenset[str]:
+    split = {"split_kv_combine_kernel"} if case.num_splits is not None else set()
+    return frozenset({"unified_paged_kernel"} | split)
+
 
 KERNELS: tuple[Contract, ...] = (
     Contract(
@@ -19,6 +26,7 @@ KERNELS: tuple[Contract, ...] = (
         content=Content.ALL,
         features=_FEATURES,
         launches=("unified_paged_kernel", "split_kv_combine_kernel"),
+        takes=_takes,
         needs=("triton",),
         install_hint="pip install triton; on a CPU its interpreter runs the same source",
         numerics=NumericsProfile(kv_dequant="round_to_q", p_dtype="q", split_partial_dtype="fp32", mma="wgmma"),

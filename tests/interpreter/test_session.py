@@ -119,7 +119,7 @@ def test_preparing_after_a_compiling_import_is_refused() -> None:
 
 
 def test_preparing_for_a_gpu_after_an_interpreting_import_is_refused() -> None:
-    code = "from harness.interpreter import enable, prepare\nenable()\nimport triton\nprepare('cpu')\nprepare('cuda:1')"
+    code = "from harness.interpreter import prepare\nprepare('cpu')\nimport triton\nprepare('cpu')\nprepare('cuda:1')"
     assert "InterpreterNotReady: triton was imported to interpret kernels" in run_python(code).stderr
 
 

@@ -45,6 +45,7 @@ class Toys:
         arguments = [
             "-p",
             "harness.plugin",
+            "--device=cpu",
             str(path),
             f"--kernels={KERNELS}",
             f"--reports={self.pytester.path / 'reports'}",
@@ -96,6 +97,9 @@ def test_an_honest_kernel_is_green_and_quiet(toys: Toys) -> None:
         ("toy_greedy", "*q was written by the kernel*"),
         ("toy_overrun", "*1 elements behind or between the rows of out were written*"),
         ("toy_raising", "*the kernel raised RuntimeError: no such instruction*"),
+        ("toy_skipping", "*the kernel raised Skipped*"),
+        ("toy_quitting", "*the kernel raised SystemExit*"),
+        ("toy_broken", "*'no_such_file.py:launch' cannot be imported*"),
     ],
 )
 def test_a_faulty_kernel_is_red_and_says_why(toys: Toys, kernel: str, words: str) -> None:
@@ -158,7 +162,10 @@ def test_selection_by_id_k_where_and_last_failed(toys: Toys) -> None:
     assert [r.case["data_seed"] for r in toys.records] == [1]
     result = toys.run("toy_honest, toy_zeros", "--where", "num_q_heads > 99")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines(["*--where 'num_q_heads > 99' leaves none of 4 cases of tier smoke*"])
+    result.stdout.fnmatch_lines(["*--where 'num_q_heads > 99' leaves none of 4 cases of tier smoke*"])
+    result = toys.run("toy_honest, toy_zeros", "--where", "num_q_heads > 99", "-n", "1", isolated=True)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stdout.fnmatch_lines(["*--where 'num_q_heads > 99' leaves none of 4 cases of tier smoke*"])
     result = toys.run("toy_honest, toy_zeros", "--where", "num_heads > 99")
     result.stderr.fnmatch_lines(["*num_heads*num_q_heads*"])
     toys.run("toy_honest, toy_zeros")
@@ -190,7 +197,45 @@ def test_a_malformed_matrix_is_one_message_without_a_traceback(toys: Toys) -> No
 def test_a_tier_that_no_matrix_has_is_an_error(toys: Toys) -> None:
     result = toys.run("toy_honest", "--tier", "probe")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines(["*no matrix has a case in tier probe*"])
+    result.stdout.fnmatch_lines(["*no matrix has a case in tier probe: toys*"])
+
+
+def test_a_run_in_which_everything_is_unsupported_is_not_green(toys: Toys) -> None:
+    result = toys.run("toy_honest", axes="causal: [false]")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stdout.fnmatch_lines(["*nothing was tested: all 2 cases are outside the contracts of their kernels*"])
+
+
+def test_a_run_that_cannot_read_its_matrix_does_not_leave_an_older_run_as_the_latest(toys: Toys) -> None:
+    toys.run("toy_honest")
+    assert len(toys.records) == 2
+    toys.run("toy_honest", axes="slidding_window: [none]")
+    assert toys.records == []
+
+
+def test_a_matrix_whose_first_key_is_misspelt_does_not_vanish(toys: Toys) -> None:
+    folder = toys.pytester.path / "sweeps"
+    folder.mkdir()
+    text = MATRIX.format(kernels="toy_honest", axes="", expect="")
+    (folder / "good.yaml").write_text(text)
+    (folder / "bad.yaml").write_text(text.replace("matrix: toys", "matirx: toys2"))
+    result = toys.pytester.runpytest_inprocess("-p", "harness.plugin", str(folder), f"--kernels={KERNELS}")
+    assert result.ret == pytest.ExitCode.INTERRUPTED
+    result.stdout.fnmatch_lines(["*bad.yaml*matirx*Did you mean 'matrix'?"])
+
+
+@pytest.mark.parametrize(
+    ("where", "until", "words"),
+    [
+        ("kernel == 'toy_honest' and num_q_heads == 3", "2999-01-01", "*meets no case of any tier*"),
+        ("kernel == 'toy_honest' and num_q_heads == 3", "2020-01-01", "*expired on 2020-01-01*"),
+    ],
+)
+def test_an_expectation_that_meets_nothing_is_an_error(toys: Toys, where: str, until: str, words: str) -> None:
+    expect = EXPECT.format(kernel="toy_honest", until=until).replace("kernel == 'toy_honest'", where)
+    result = toys.run("toy_honest", expect=expect)
+    assert result.ret == pytest.ExitCode.INTERRUPTED
+    result.stdout.fnmatch_lines([words])
 
 
 def test_a_case_that_takes_its_worker_down_costs_no_other_case(toys: Toys) -> None:

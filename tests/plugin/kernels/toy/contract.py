@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from harness.cache.content import Content
 from harness.kernel.contract import FEATURES, Contract
 from harness.kernel.numerics import NumericsProfile
@@ -30,4 +32,7 @@ KERNELS = (
     _toy("overrun", "writes behind its output"),
     _toy("raising", "raises"),
     _toy("exiting", "ends the process"),
+    _toy("skipping", "asks to be skipped"),
+    _toy("quitting", "exits"),
+    replace(_toy("broken", "does not exist"), entry="no_such_file.py:launch"),
 )

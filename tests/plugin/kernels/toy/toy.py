@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 
+import pytest
 import torch
 
 from harness.kernel.arguments import LaunchArguments
@@ -55,6 +57,14 @@ def overrun(args: LaunchArguments) -> None:
 
 def raising(args: LaunchArguments) -> None:
     raise RuntimeError("no such instruction")
+
+
+def skipping(args: LaunchArguments) -> None:
+    pytest.skip("not today")
+
+
+def quitting(args: LaunchArguments) -> None:
+    sys.exit(0)
 
 
 def exiting(args: LaunchArguments) -> None:
