@@ -1,8 +1,8 @@
 # make sweep   set up, run the smoke tier over every in-tree kernel, print the summary
 # make test    set up, run the whole test suite
 # make lint    ruff and the type checker
-# Each takes PYTHON=... to use an interpreter that already has torch (CUDA or ROCm), pytest, pytest-xdist, pyyaml and
-# rich; nothing is installed then. WORKERS=n sets the number of worker processes.
+# PYTHON=... uses an interpreter that already has torch (CUDA or ROCm), triton, pytest, pytest-xdist, pyyaml and rich, for
+# `test` hypothesis and jsonschema too; nothing is installed then. WORKERS=n sets the number of worker processes.
 
 VENV := .venv
 WORKERS := auto
