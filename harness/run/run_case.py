@@ -137,10 +137,15 @@ def _launched(contract: Contract, setup: Setup, watch: Stopwatch) -> Verdict:
 
 
 def build_reference(problem: Problem, cache: KVCache, contract: Contract) -> AttentionReference:
-    """float64 attention over what a right kernel sees: dequantised stored bytes and raw new tokens."""
+    """float64 attention over what a right kernel sees."""
+    return attend(reference_inputs(problem, cache, contract), rounding_of(contract.numerics, problem.case.dtype))
+
+
+def reference_inputs(problem: Problem, cache: KVCache, contract: Contract) -> AttentionInputs:
+    """What a right kernel sees: dequantised stored bytes and raw new tokens."""
     case, numerics = problem.case, contract.numerics
     k, v = effective_kv(problem, cache, contract.content, round_to_q=numerics.kv_dequant == "round_to_q")
-    inputs = AttentionInputs(
+    return AttentionInputs(
         q=problem.q,
         k=k,
         v=v,
@@ -153,7 +158,6 @@ def build_reference(problem: Problem, cache: KVCache, contract: Contract) -> Att
         alibi_slopes=problem.alibi_slopes,
         sinks=problem.sinks,
     )
-    return attend(inputs, rounding_of(numerics, case.dtype))
 
 
 def _verdict(contract: Contract, setup: Setup, reference: AttentionReference, result: LaunchResult) -> Verdict:
