@@ -11,17 +11,17 @@ import torch
 def key_repeats(k: torch.Tensor, seq_lens: tuple[int, ...]) -> torch.Tensor:
     """How often the most repeated key occurs, per sequence and kv head: float64 [num_seqs, num_kv_heads], 0 if empty.
 
-    k: [num_keys, num_kv_heads, head_size], packed by sequence. Keys are told apart by a hash of their bits in integer
-    arithmetic, which no order of summation changes; a stable sort leaves equal keys of a sequence side by side.
+    k: [num_keys, num_kv_heads, head_size], packed by sequence; told apart as float32. The hash of a key is a sum of
+    products in integers, which no order of summation changes; a stable sort leaves equal keys side by side.
     """
     num_keys, num_kv_heads, head_size = k.shape
     repeats = k.new_zeros(len(seq_lens), num_kv_heads, dtype=torch.float64)
     if num_keys == 0:
         return repeats
-    bits = (k.double() + 0.0).view(torch.int64)  # the sum makes -0 a 0
-    factors = torch.randint(-(1 << 62), 1 << 62, (head_size,), generator=torch.Generator().manual_seed(0)) * 2 + 1
-    mixed = (bits ^ (bits >> 29)) * factors.to(k.device)  # high bits alone would be lost in a product modulo 2^64
-    value, order = mixed.sum(-1).sort(dim=0, stable=True)  # [num_keys, num_kv_heads]
+    pairs = torch.nn.functional.pad(k.float(), (0, head_size % 2)) + 0.0  # the sum makes -0 a 0
+    bits = pairs.view(torch.int64)  # [num_keys, num_kv_heads, head_size / 2]
+    factors = torch.randint(-(1 << 62), 1 << 62, bits.shape[2:], generator=torch.Generator().manual_seed(0)) * 2 + 1
+    value, order = bits.mul_(factors.to(k.device)).sum(-1).sort(dim=0, stable=True)  # [num_keys, num_kv_heads]
     sequence = torch.repeat_interleave(torch.tensor(seq_lens, device=k.device), output_size=num_keys)[order]
     place = torch.arange(num_keys, device=k.device)[:, None]
     first = torch.ones_like(sequence, dtype=torch.bool)
