@@ -20,17 +20,17 @@ def effective_kv(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """float32 k [num_keys, num_kv_heads, head_size] and v [num_keys, num_kv_heads, head_size_v], packed by sequence.
 
-    Tokens that `content` keeps in the cache are payload * scale (one float32 product), rounded to the dtype of the
-    case if `round_to_q`; the others are the new tokens as they are.
+    Tokens that `content` keeps in the cache are payload * descale (one float32 product; of their page and head where
+    descales are per page), rounded to the dtype of the case if `round_to_q`; the others are the new tokens as they are.
     """
     keys = key_positions(problem.case.rows, problem.k.device)
     from_cache = keys.below(demanded_lens(problem, content))[:, None, None]  # [num_keys, 1, 1]
     q_type = element_type(problem.case.dtype).torch
 
-    def seen(payload: torch.Tensor, scale: float, new: torch.Tensor) -> torch.Tensor:
-        value = dequantise(payload, scale)
+    def seen(payload: torch.Tensor, which: str, new: torch.Tensor) -> torch.Tensor:
+        value = dequantise(payload, problem.descale(which))
         if round_to_q:
             value = value.to(q_type).to(torch.float32)
         return torch.where(from_cache, value, new.to(torch.float32))
 
-    return seen(cache.key_payload, problem.k_scale, problem.k), seen(cache.value_payload, problem.v_scale, problem.v)
+    return seen(cache.key_payload, "k", problem.k), seen(cache.value_payload, "v", problem.v)

@@ -49,6 +49,13 @@ def _identity_table(case: Case) -> Case:
     return replace(case, placement=Placement("explicit", "identity", tuple(pages)))
 
 
+def _scales_of_one(problem: Problem) -> Problem:
+    """Descales of 1, of every page where descales are per page."""
+    if problem.page_descales is not None:
+        return replace(problem, page_descales=torch.ones_like(problem.page_descales))
+    return replace(problem, k_scale=1.0, v_scale=1.0)
+
+
 def _int64_indices(args: LaunchArguments) -> LaunchArguments:
     return replace(args, block_table=args.block_table.long(), seq_lens=args.seq_lens.long())
 
@@ -95,7 +102,7 @@ PLANTS: dict[str, Plant] = {
             "K and V descales are 1: a kernel that ignores them passes",
             "BLIND",
             applies=lambda case, content: case.kv_dtype != "auto",
-            problem=lambda problem: replace(problem, k_scale=1.0, v_scale=1.0),
+            problem=_scales_of_one,
         ),
         Plant(
             "identity-table",

@@ -18,6 +18,7 @@ KERNELS: tuple[Contract, ...] = (
         entry="unified_paged.py:launch",
         content=Content.ALL,
         features=_FEATURES,
+        descales=frozenset({"per_tensor", "one", "quiet", "loud"}),
         launches=("unified_paged_kernel", "split_kv_combine_kernel"),
         needs=("triton",),
         install_hint="pip install triton; on a CPU its interpreter runs the same source",
