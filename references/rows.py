@@ -29,6 +29,11 @@ class Rows:
     p: torch.Tensor  # [num_seqs, num_kv_heads, R * gqa_ratio, n], 0 where not visible
     lse: torch.Tensor  # [num_seqs, num_kv_heads, R * gqa_ratio, 1] natural log, sink included
     out: torch.Tensor  # [num_seqs, num_kv_heads, R * gqa_ratio, head_size_v]
+    dot_bound: (
+        torch.Tensor
+    )  # [num_seqs, num_kv_heads, R * gqa_ratio] scaled sqrt(sum_c (q_c k_jc)^2) of any key, at most
+    head_size: int
+    soft_cap: float  # 0 without one
 
     @property
     def group(self) -> int:
@@ -49,12 +54,15 @@ def attention_rows(inputs: AttentionInputs, sequences: Sequence[int], rows: Sequ
     device, num_kv_heads = inputs.q.device, inputs.k.shape[1]
     group = inputs.q.shape[1] // num_kv_heads
     tokens, positions, real, keys, exists = (x.to(device) for x in _indices(inputs, sequences, rows))
-    num_seqs, num_rows = tokens.shape
+    num_rows = tokens.shape[1]
 
     k = inputs.k[keys].double().transpose(1, 2)  # [num_seqs, num_kv_heads, n, head_size]
     v = (inputs.v[keys] * exists[:, :, None, None]).double().transpose(1, 2).contiguous()
     q = inputs.q[tokens].double().unflatten(2, (num_kv_heads, group)).transpose(1, 2)  # [seqs, kv heads, R, group, d]
-    raw = (q.flatten(2, 3) * inputs.softmax_scale) @ k.transpose(2, 3)  # [num_seqs, num_kv_heads, R * group, n]
+    q = q.flatten(2, 3) * inputs.softmax_scale  # [num_seqs, num_kv_heads, R * group, head_size]
+    raw = q @ k.transpose(2, 3)  # [num_seqs, num_kv_heads, R * group, n]
+    longest = k.square().square_().sum(-1).amax(-1, keepdim=True)  # [num_seqs, num_kv_heads, 1]
+    dot_bound = (q.square().square_().sum(-1) * longest).sqrt_().sqrt_()  # by Cauchy-Schwarz on the squares
 
     scores = raw
     if inputs.logits_soft_cap:
@@ -78,7 +86,23 @@ def attention_rows(inputs: AttentionInputs, sequences: Sequence[int], rows: Sequ
         sinks = inputs.sinks.double().view(num_kv_heads, 1, group).expand(-1, num_rows, -1)
         lse = torch.logaddexp(lse, sinks.reshape(1, num_kv_heads, -1, 1))
     p = (seen - lse.masked_fill(lse == float("-inf"), 0.0)).exp_()
-    return Rows(tuple(sequences), tokens, positions, real, keys, v, raw, scores, visible, p, lse, p @ v)
+    return Rows(
+        tuple(sequences),
+        tokens,
+        positions,
+        real,
+        keys,
+        v,
+        raw,
+        scores,
+        visible,
+        p,
+        lse,
+        p @ v,
+        dot_bound,
+        k.shape[3],
+        inputs.logits_soft_cap or 0.0,
+    )
 
 
 def _indices(
