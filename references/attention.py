@@ -202,9 +202,10 @@ def _offset(tile: Tile, soft: Softmax, mass: torch.Tensor) -> torch.Tensor:
     inputs = tile.inputs
     offset = torch.zeros_like(mass)
     if inputs.alibi_slopes is not None:
-        key = torch.arange(tile.span.stop - tile.span.start, device=mass.device).double()
+        newest = tile.span.stop  # positions count from here, where the bias leaves most of p
+        key = torch.arange(tile.span.start - newest, 0, device=mass.device).double()
         first, second = (soft.p @ torch.stack((key, key * key), dim=-1)).view(tile.shape).chunk(2, dim=-1)
-        query = (tile.positions - tile.span.start).double()[:, None, :, None, None]
+        query = (tile.positions - newest).double()[:, None, :, None, None]
         distance = (second - 2 * query * first + query * query).clamp_(min=0).sqrt_()
         offset += mass * (tile.per_head(inputs.alibi_slopes).abs() * distance).view_as(offset)
     if inputs.sinks is not None:

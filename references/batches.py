@@ -15,7 +15,7 @@ import torch
 from references.quantities import AttentionInputs
 
 CAUSAL_TILE_ROWS = 256  # rows per tile under a causal mask: a tile computes the keys of its last row for all its rows
-SPARE_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 24}  # padding that costs about as much as the launches of one batch
+SPARE_ON_CPU, SPARE_ON_GPU = 1 << 16, 1 << 24  # padded elements that cost about as much as the calls of one batch
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Batch:
 
 def batches(inputs: AttentionInputs, max_elements: int) -> Iterator[Batch]:
     """Batches of `inputs`; one of several sequences has at most `max_elements` scores, keys or values."""
-    spare = SPARE_ELEMENTS.get(inputs.q.device.type, SPARE_ELEMENTS["cuda"])
+    spare = SPARE_ON_CPU if inputs.q.device.type == "cpu" else SPARE_ON_GPU
     waiting = sorted(_sequences(inputs), key=lambda s: (s.cached_len, s.num_rows, s.seq_len))
     while waiting:
         taken = 1
