@@ -34,6 +34,8 @@ class Rows:
     )  # [num_seqs, num_kv_heads, R * gqa_ratio] scaled sqrt(sum_c (q_c k_jc)^2) of any key, at most
     head_size: int
     soft_cap: float  # 0 without one
+    cached: torch.Tensor  # [num_seqs, n] bool: keys below cached_lens; all of them where the inputs name none
+    weight: torch.Tensor | None  # [num_seqs, num_kv_heads, 1, n]: folded into P before it is rounded
 
     @property
     def group(self) -> int:
@@ -42,8 +44,8 @@ class Rows:
     def pick(self, per_token: torch.Tensor) -> torch.Tensor:
         """These rows of `per_token` [num_tokens, num_q_heads, m]: [num_seqs, num_kv_heads, R * gqa_ratio, m]."""
         num_seqs, num_rows = self.tokens.shape
-        chosen = per_token[self.tokens].unflatten(2, (-1, self.group))  # [num_seqs, R, num_kv_heads, group, m]
-        return chosen.transpose(1, 2).reshape(num_seqs, -1, num_rows * self.group, per_token.shape[2])
+        shape = num_seqs, num_rows, self.p.shape[1], self.group, per_token.shape[2]
+        return per_token[self.tokens].view(shape).transpose(1, 2).flatten(2, 3)
 
 
 def attention_rows(inputs: AttentionInputs, sequences: Sequence[int], rows: Sequence[Sequence[int]]) -> Rows:
@@ -58,9 +60,15 @@ def attention_rows(inputs: AttentionInputs, sequences: Sequence[int], rows: Sequ
 
     k = inputs.k[keys].double().transpose(1, 2)  # [num_seqs, num_kv_heads, n, head_size]
     v = (inputs.v[keys] * exists[:, :, None, None]).double().transpose(1, 2).contiguous()
-    q = inputs.q[tokens].double().unflatten(2, (num_kv_heads, group)).transpose(1, 2)  # [seqs, kv heads, R, group, d]
-    q = q.flatten(2, 3) * inputs.softmax_scale  # [num_seqs, num_kv_heads, R * group, head_size]
+    q = _queries(inputs, inputs.q, tokens)
     raw = q @ k.transpose(2, 3)  # [num_seqs, num_kv_heads, R * group, n]
+    cached_lens = torch.tensor([(inputs.cached_lens or inputs.seq_lens)[s] for s in sequences], device=device)
+    cached = torch.arange(keys.shape[1], device=device) < cached_lens[:, None]  # [num_seqs, n]
+    if inputs.q_cached is not None:
+        q_cached = _queries(inputs, inputs.q_cached, tokens)
+        raw = torch.where(cached[:, None, None], q_cached @ k.transpose(2, 3), raw)
+        q = torch.maximum(q.abs(), q_cached.abs())  # for the bound
+    weight = None if inputs.weight_scale is None else inputs.weight_scale[keys].double().transpose(1, 2)[:, :, None]
     longest = k.square().square_().sum(-1).amax(-1, keepdim=True)  # [num_seqs, num_kv_heads, 1]
     dot_bound = (q.square().square_().sum(-1) * longest).sqrt_().sqrt_()  # by Cauchy-Schwarz on the squares
 
@@ -102,7 +110,15 @@ def attention_rows(inputs: AttentionInputs, sequences: Sequence[int], rows: Sequ
         dot_bound,
         k.shape[3],
         inputs.logits_soft_cap or 0.0,
+        cached,
+        weight,
     )
+
+
+def _queries(inputs: AttentionInputs, packed: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """`packed` [num_tokens, num_q_heads, d] times the scale [num_seqs, num_kv_heads, R * gqa_ratio, d], float64"""
+    shape = *tokens.shape, inputs.k.shape[1], -1, packed.shape[2]
+    return packed[tokens].double().view(shape).transpose(1, 2).flatten(2, 3) * inputs.softmax_scale
 
 
 def _indices(

@@ -35,7 +35,8 @@ MAX_ROWS = 64  # sampled per sequence
 MAX_HEAD_ROWS = 256  # sampled rows times gqa_ratio
 MAX_GAINS = 16  # listed
 MIN_ENERGY = 1e-24  # of a signature; less is a page that no sampled row attends to
-_ELEMENTS = 1 << 24  # of the largest temporary of a batch of sequences, and of a part of one
+_SMALL = 1 << 21  # elements up to which a batch may consist of padding; beyond, of one half at most
+_ELEMENTS = 1 << 25  # of the largest temporary of a part of one sequence, where it has more than one row
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def sampled(query_len: int, group: int) -> tuple[int, ...]:
 
 
 def batches(inputs: AttentionInputs, page_size: int) -> Iterator[list[tuple[int, tuple[int, ...]]]]:
-    """(sequence, sampled rows) in lists that are computed together; a sequence too large for one is cut by rows."""
+    """(sequence, sampled rows) in lists that are computed together, padded; a large sequence is cut by rows."""
     heads = inputs.q.shape[1]
     group = heads // inputs.k.shape[1]
 
@@ -89,15 +90,16 @@ def batches(inputs: AttentionInputs, page_size: int) -> Iterator[list[tuple[int,
 
     batch: list[tuple[int, tuple[int, ...]]] = []
     order = sorted(range(len(inputs.seq_lens)), key=lambda s: -inputs.seq_lens[s])
-    longest = most_rows = 0
+    longest = most_rows = own = 0
     for sequence in order:
         seq_len, rows = inputs.seq_lens[sequence], sampled(inputs.query_lens[sequence], group)
         if seq_len <= 0 or not rows:
             continue
         longest, most_rows = max(longest, seq_len), max(most_rows, len(rows))
-        if batch and (len(batch) + 1) * elements(most_rows, longest) > _ELEMENTS:
+        own += elements(len(rows), seq_len)
+        if batch and (len(batch) + 1) * elements(most_rows, longest) > max(_SMALL, 2 * own):
             yield batch
-            batch, longest, most_rows = [], seq_len, len(rows)
+            batch, longest, most_rows, own = [], seq_len, len(rows), elements(len(rows), seq_len)
         step = max(_ELEMENTS // elements(1, seq_len), 1)
         for start in range(0, len(rows) - step, step):
             yield [(sequence, rows[start : start + step])]
@@ -120,23 +122,25 @@ class Statistics:
 def page_signatures(rows: Rows, page_size: int, cached: torch.Tensor) -> torch.Tensor:
     """X^K and X^V of all pages and of all pages together: [num_seqs, num_kv_heads, R * group, 2 * (pages + 1), dv].
 
-    `cached` bool [num_seqs, n]: keys that lie in pages.
+    float32: signatures and their noise need no more, and are most of the work. `cached` bool [num_seqs, n] says which
+    keys lie in pages.
     """
     num_seqs, heads, num_rows, num_keys = rows.p.shape
     size = min(page_size, num_keys)
     pages = -(-num_keys // size)
     pad = pages * size - num_keys
     slope = logit_slope(rows)  # [L, n]
-    p = rows.p * cached[:, None, None]
+    p = (rows.p * cached[:, None, None]).float()
+    v, out = rows.v.float(), rows.out.float()
 
     def by_page(weights: torch.Tensor) -> torch.Tensor:
         padded = torch.nn.functional.pad(weights, (0, pad))
         return padded.view(num_seqs, heads, num_rows, pages, size).transpose(2, 3)  # [seqs, heads, pages, rows, size]
 
-    values = torch.nn.functional.pad(rows.v, (0, 0, 0, pad)).view(num_seqs, heads, pages, size, -1)
+    values = torch.nn.functional.pad(v, (0, 0, 0, pad)).view(num_seqs, heads, pages, size, -1)
     by_value = by_page(p) @ values  # [num_seqs, heads, pages, rows, dv]
-    weights = by_page(p * slope)
-    by_key = weights @ values - weights.sum(-1, keepdim=True) * rows.out[:, :, None]
+    weights = by_page(p * slope.float())
+    by_key = weights @ values - weights.sum(-1, keepdim=True) * out[:, :, None]
     both = [torch.cat((x, x.sum(2, keepdim=True)), dim=2) for x in (by_key, by_value)]
     return torch.cat(both, dim=2).transpose(2, 3)
 
@@ -167,16 +171,16 @@ def _statistics(
     cached = torch.arange(rows.p.shape[3], device=rows.p.device) < cached_lens[:, None]  # [num_seqs, n]
     noise = row_noise(rows, filters.profile, filters.q_dtype)
     x = page_signatures(rows, filters.page_size, cached)  # [num_seqs, num_kv_heads, R * group, T, dv]
-    x = x * noise.used[..., None, None]
+    x = x.contiguous() * noise.used[..., None, None]
     moments = noise.moments(x)
     product = torch.zeros_like(moments.energy)
     if out is not None:
-        error = row_errors(rows, out, filters)
+        error = row_errors(rows, out, filters).float()
         product = (x @ error[..., None])[..., 0]  # [num_seqs, num_kv_heads, R * group, T]
     along = moments.along_out.sum(2).abs() * noise.second_order
     sums = [y.sum(2) for y in (product, moments.energy, moments.variance, moments.bias)]
     sums[3] += along
-    stacked = torch.stack(sums).unflatten(-1, (2, -1)).cpu()  # [4, num_seqs, num_kv_heads, 2, pages + 1]
+    stacked = torch.stack(sums).double().unflatten(-1, (2, -1)).cpu()  # [4, num_seqs, num_kv_heads, 2, pages + 1]
     return Statistics(rows.sequences, *stacked)
 
 
@@ -203,12 +207,14 @@ def _findings(parts: Sequence[Statistics], filters: PageFilter) -> GainFindings:
     deviation = variance.clamp(min=1e-300).sqrt()
     z = torch.where(attended, ((product.abs() - bias).clamp(min=0) / deviation) * product.sign(), 0.0)
     least = torch.where(attended, (Z_LIMIT * deviation + bias) / energy.clamp(min=MIN_ENERGY), math.inf)
-    sequences = [*merged, None]
-    found = []
+    explained = torch.where(attended, product.square() / energy.clamp(min=MIN_ENERGY), 0.0)
+    rank = z.abs().amax((2, 3), keepdim=True)  # of each sequence and KV head: first where, then what
     above = (z.abs() > Z_LIMIT).nonzero().tolist()
-    for i, head, kind, slot in sorted(above, key=lambda at: -abs(float(z[tuple(at)]))):
-        sequence, whole = sequences[i], slot == width - 1
-        in_pages = filters.pages[sequence] if sequence is not None and not whole else None
+    above.sort(key=lambda at: (-float(rank[at[0], at[1]]), -float(explained[tuple(at)])))
+    found = []
+    for i, head, kind, slot in above:
+        sequence = [*merged, None][i]
+        in_page = sequence is not None and slot < width - 1
         found.append(
             Gain(
                 kind=(K_DESCALE, V_DESCALE)[kind],
@@ -216,8 +222,8 @@ def _findings(parts: Sequence[Statistics], filters: PageFilter) -> GainFindings:
                 z=float(z[i, head, kind, slot]),
                 kv_head=head,
                 sequence=sequence,
-                slot=None if in_pages is None else slot,
-                page=None if in_pages is None else in_pages[slot],
+                slot=slot if in_page else None,
+                page=filters.pages[sequence][slot] if in_page else None,
             )
         )
     per_page = least[:-1, ..., :-1]  # [num_seqs, num_kv_heads, 2, width - 1]

@@ -21,13 +21,12 @@ from dataclasses import dataclass
 
 import torch
 
-from harness.dtypes import element_type
+from harness.dtypes import ElementType, element_type
 from harness.kernel.numerics import NumericsProfile
 from harness.oracle.tolerance import (
     DOT_FACTOR,
     EXP_ULPS,
-    FP8_WGMMA_TERMS,
-    FP8_WGMMA_ULP,
+    FP8_WGMMA_BITS,
     MATRIX_DEPTH,
     SUM_FACTOR,
     TRUNCATION,
@@ -53,7 +52,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class RowNoise:
-    """Roundings of some rows. L = [num_seqs, num_kv_heads, R * gqa_ratio]."""
+    """Roundings of some rows, float32 (1 % would do). L = [num_seqs, num_kv_heads, R * gqa_ratio]."""
 
     v: torch.Tensor  # [num_seqs, num_kv_heads, n, head_size_v]
     out: torch.Tensor  # [L, head_size_v]
@@ -70,11 +69,11 @@ class RowNoise:
     out_bias: float  # relative bias of the output cast where its numbers are too coarse to average
 
     def moments(self, x: torch.Tensor) -> Moments:
-        """Of signatures `x` [L, T, head_size_v]; every result [L, T]."""
+        """Of float32 signatures `x` [L, T, head_size_v]; every result [L, T]."""
         along = (x @ self.out[..., None])[..., 0]  # [L, T]
         squares = weighted_squares(x, self.weights, self.v)  # [L, T, 4]
         cast, logit, mass, flushed = squares.unbind(-1)
-        means = self.weights[..., :2, :] @ self.v[:, :, None]  # [L, 2, head_size_v]
+        means = (self.weights[..., :2, :].flatten(2, 3) @ self.v).unflatten(2, (-1, 2))  # [L, 2, head_size_v]
         totals = self.weights[..., :2, :].sum(-1)  # [L, 2]
         shift = -2 * along[..., None] * (x @ means.transpose(-1, -2))  # [L, T, 2]
         shift += (along * along)[..., None] * totals[..., None, :]
@@ -101,10 +100,10 @@ def weighted_squares(x: torch.Tensor, weights: torch.Tensor, v: torch.Tensor) ->
     Through y = x V^T, or, where signatures are many, through the Gram matrices sum_j w_j v_j v_j^T of each row.
     """
     num_signatures, size = x.shape[-2:]
-    values = v.unsqueeze(-3)  # [..., 1, n, d]
     if num_products(num_signatures, size) == num_signatures:
-        return (x @ values.transpose(-1, -2)).square_() @ weights.transpose(-1, -2)
-    forms = []
+        y = (x.flatten(-3, -2) @ v.transpose(-1, -2)).unflatten(-2, x.shape[-3:-1])  # [..., R, T, n]
+        return y.square_() @ weights.transpose(-1, -2)
+    forms, values = [], v.unsqueeze(-3)  # [..., 1, n, d]
     for w in weights.unbind(-2):  # [..., R, n]
         gram = (w[..., None] * values).transpose(-1, -2) @ values  # [..., R, d, d]
         forms.append(((x @ gram) * x).sum(-1))
@@ -118,15 +117,21 @@ def num_products(num_signatures: int, size: int) -> int:
 
 def row_noise(rows: Rows, profile: NumericsProfile, q_dtype: str) -> RowNoise:
     """The roundings that `profile` declares for `rows`."""
-    p_type, out_type = element_type(profile.p_type(q_dtype)), element_type(profile.out_type(q_dtype))
+    out_type = element_type(profile.out_type(q_dtype))
+    p_types = [element_type(profile.p_type(q_dtype, cached)) for cached in (True, False)]
+    p_type = max(p_types, key=lambda kind: kind.unit_roundoff)
     n = rows.visible.sum(-1).double().expand(rows.p.shape[:3])  # [L]
     p, out = rows.p, rows.out
     largest = rows.scores.masked_fill(~rows.visible, -math.inf).amax(-1, keepdim=True)  # [L, 1]
     scale = (largest - rows.lse).exp()  # [L, 1]: p of the largest key; x_j = p_j / scale
     scale = scale.nan_to_num(0.0, 0.0, 0.0)
-    lost_below = p_type.half_subnormal / profile.p_scale * scale
+    roundoff, subnormal = (  # [num_seqs, 1, 1, n] each
+        torch.where(rows.cached, *(p.new_tensor(c) for c in constants))[:, None, None]
+        for constants in zip(*((t.unit_roundoff, t.half_subnormal / profile.p_scale) for t in p_types), strict=True)
+    )
+    lost_below = subnormal * scale if rows.weight is None else subnormal / rows.weight * scale  # [L, n]
     flushed = p < 2 * lost_below  # [L, n]
-    half_ulp = torch.maximum(p_type.unit_roundoff * p, torch.minimum(p, lost_below))
+    half_ulp = torch.maximum(roundoff * p, torch.minimum(p, lost_below))
     cast = half_ulp.masked_fill(flushed, 0.0).square_().div_(3)
 
     size = rows.scores.masked_fill(~rows.visible, 0.0).abs_()  # [L, n] of the logits
@@ -136,33 +141,41 @@ def row_noise(rows: Rows, profile: NumericsProfile, q_dtype: str) -> RowNoise:
     logit *= p * p
     weights = torch.stack((cast, logit, p, half_ulp.masked_fill(~flushed, 0.0)), dim=-2)  # [L, 4, n]
 
-    depth = MATRIX_DEPTH.get(p_type.name) if profile.mma != "simt" else None
-    short = profile.mma == "wgmma" and p_type.size == 1
-    truncation = TRUNCATION * (n / depth) * U32 if depth and not short else torch.zeros_like(n)
-    accumulator = (n / depth) * (FP8_WGMMA_TERMS * FP8_WGMMA_ULP) if depth and short else torch.zeros_like(n)
-    q_depth = MATRIX_DEPTH.get(q_dtype) if profile.mma != "simt" else None
-    coherent = EXP_ULPS * U32 * (1 + top) + (TRUNCATION * (rows.head_size / q_depth) * U32 * top if q_depth else 0.0)
+    depth, bits = _accumulator(profile, p_type)
+    zero = torch.zeros_like(n)
+    short = bits < 24
+    keys = n if profile.promote_every is None else n.clamp(max=profile.promote_every)
+    truncation = TRUNCATION * (n / depth) * U32 if depth and not short else zero
+    accumulator = keys / depth * (depth / 4 + 1) * 2.0**-bits if depth and short else zero
+    q_type = max((element_type(profile.q_type(q_dtype, c)) for c in (True, False)), key=lambda kind: kind.unit_roundoff)
+    q_depth, q_bits = _accumulator(profile, q_type)
+    coherent = EXP_ULPS * U32 * (1 + top)  # [L]
+    if q_depth and q_bits < 24:
+        coherent += rows.head_size / q_depth * (q_depth / 4 + 1) * 2.0**-q_bits * rows.dot_bound * rows.head_size**0.5
+    elif q_depth:
+        coherent += TRUNCATION * (rows.head_size / q_depth) * U32 * top
 
     spread = (p * p) @ (rows.v * rows.v)  # [L, head_size_v] sum p^2 v^2
     rounding = (SUM_FACTOR * U32) ** 2 * n  # [L]
-    per_dim = _half_ulp(out, out_type.unit_roundoff, out_type.half_subnormal * profile.out_scale).square_().div_(3)
+    per_dim = (profile.out_scale * _half_ulp(out / profile.out_scale, out_type)).square_().div_(3)
     per_dim += ((2 * truncation) ** 2 + rounding)[..., None] * (spread + out * out)
     if profile.split_partial_dtype != "fp32":
         partial = element_type(profile.split_partial_dtype).unit_roundoff * (p @ rows.v.abs())
         per_dim += partial.square_().div_(3)
+    single = torch.float32
     coarse = max(p_type.unit_roundoff, out_type.unit_roundoff)
     return RowNoise(
-        v=rows.v,
-        out=out,
+        v=rows.v.to(single),
+        out=out.to(single),
         used=_generic(rows, coarse, out_type.unit_roundoff),
-        alike=_alike(out, out_type.unit_roundoff),
-        weights=weights,
+        alike=_alike(out, out_type.unit_roundoff).to(single),
+        weights=weights.to(single),
         sum_after_cast=profile.sum_after_cast,
-        coherent=coherent,
-        per_dim=per_dim,
-        row_sum=rounding,
-        truncation=truncation,
-        accumulator=accumulator,
+        coherent=coherent.to(single),
+        per_dim=per_dim.to(single),
+        row_sum=rounding.to(single),
+        truncation=truncation.to(single),
+        accumulator=accumulator.to(single),
         second_order=p_type.unit_roundoff**2 + out_type.unit_roundoff**2,
         out_bias=out_type.unit_roundoff if out_type.size == 1 else 0.0,
     )
@@ -173,10 +186,16 @@ def _roundoff(name: str) -> float:
     return 0.0 if name == "fp32" else element_type(name).unit_roundoff
 
 
-def _half_ulp(values: torch.Tensor, unit_roundoff: float, half_subnormal: float) -> torch.Tensor:
-    """Half the distance between representable neighbours of each value, same shape."""
+def _accumulator(profile: NumericsProfile, operand: ElementType) -> tuple[int | None, int]:
+    """Products per matrix instruction, None for scalar units, and bits that its accumulator keeps."""
+    depth = None if profile.mma == "simt" else profile.mma_k or MATRIX_DEPTH.get(operand.name)
+    return depth, profile.acc_bits or (FP8_WGMMA_BITS if profile.mma == "wgmma" and operand.size == 1 else 24)
+
+
+def _half_ulp(values: torch.Tensor, kind: ElementType) -> torch.Tensor:
+    """Half the distance between neighbours that `kind` can represent, at each value, same shape."""
     exponent = torch.frexp(values).exponent - 1  # |value| in [2^exponent, 2^(exponent + 1))
-    return torch.ldexp(torch.full_like(values, unit_roundoff), exponent).clamp_(min=half_subnormal)
+    return torch.ldexp(torch.full_like(values, kind.unit_roundoff), exponent).clamp_(min=kind.half_subnormal)
 
 
 def _generic(rows: Rows, coarse: float, out_roundoff: float) -> torch.Tensor:
