@@ -60,7 +60,7 @@ class NumericsProfile:
     out_scale: float = 1.0
 
     lse_base: str = "e"  # e | 2
-    lse_from: str = "kernel"  # kernel | workspace: the adapter makes it from the maxima and sums that splits leave behind
+    lse_from: str = "kernel"  # kernel | workspace: the adapter makes it from the maxima and sums of the splits
 
     def __post_init__(self) -> None:
         words = (
@@ -127,9 +127,13 @@ def cost(profile: NumericsProfile, q_dtype: str = "bf16") -> str:
     if profile.s_dtype != "fp32":
         clauses.append(f"logits in {profile.s_dtype}: K faults below its rounding pass")
     if profile.split_partial_dtype != "fp32":
-        clauses.append(f"partials in {profile.split_partial_dtype}: one more rounding of the output, in proportion to |V|")
+        clauses.append(
+            f"partials in {profile.split_partial_dtype}: one more rounding of the output, in proportion to |V|"
+        )
     if profile.mma == "wgmma" and "fp8" in profile.p_type(q_dtype):
-        clauses.append("8-bit warp-group products: 13-bit accumulators, an allowance that grows with the number of keys")
+        clauses.append(
+            "8-bit warp-group products: accumulators of 13 bits, an allowance in proportion to the number of keys"
+        )
     return "; ".join(clauses)
 
 

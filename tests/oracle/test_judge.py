@@ -106,7 +106,7 @@ def test_zeros_are_right_where_nothing_is_seen_or_all_values_are_zero() -> None:
     assert findings.err_over_tol < 1
     reference = attend(inputs, rounding_of(NumericsProfile(p_dtype="fp32", out_dtype="fp32"), "fp16"))
     allowed = tolerance(reference, NumericsProfile(p_dtype="fp32", out_dtype="fp32"), "fp16", 64)
-    assert not allowed.out.any()  # 0 / 0 happens
+    assert float(allowed.out.max()) < 1e-37  # what float32 cannot tell from 0
     assert judge(out.float(), lse, reference, allowed).tensors[0].err_over_tol == 0
 
 
