@@ -5,8 +5,7 @@ Invariant: the reference belongs to what was staged; whatever a launch is handed
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from emulated import EMULATED
@@ -15,15 +14,18 @@ from torch_backends import BACKENDS
 from harness.case import Case
 from harness.kernel.arguments import LaunchArguments
 from harness.kernel.contract import Contract
-from harness.kernel.guarded import guarded_output
 from harness.kernel.launch import launch
 from harness.kernel.registry import Launcher, find_kernels, load_entry
+from harness.oracle.gains import Gain, GainFindings
 from harness.oracle.judge import judge
-from harness.oracle.tolerance import Tolerance, tolerance
+from harness.oracle.matched_filter import Z_LIMIT, PageFilter, find_gains
+from harness.oracle.tolerance import Tolerance, rounding_of, tolerance
 from harness.problem.problem import Problem, build_problem
-from harness.run.run_case import build_reference
+from harness.run.run_case import reference_inputs
 from harness.run.setup import Setup, build_arguments
-from references.attention import AttentionReference
+from references.attention import AttentionInputs, AttentionReference, attend
+
+TIERS = ("T1", "L", "T2")
 
 
 @dataclass(frozen=True)
@@ -53,14 +55,19 @@ class Judged:
 
     out: float  # tier 1, worst element
     lse: float | None  # tier L, worst row
-    gain: float | None = None  # tier 2, worst |z| over its threshold
-    names: str = ""  # what tier 2 calls the fault
-    violations: tuple[str, ...] = ()  # exact invariants broken
+    gain: float | None  # tier 2, worst |z|
+    best: Gain | None  # what tier 2 calls the fault
+    violations: tuple[str, ...]  # exact invariants broken
+
+    def caught(self) -> dict[str, bool]:
+        """Which tiers would fail the case; NaN counts."""
+        values = zip(TIERS, (self.out, self.lse, self.gain), strict=True)
+        return {tier: value is not None and not value <= 1 for tier, value in values}
 
     @property
     def alarm(self) -> bool:
-        """Whether any tier would fail the case; NaN counts."""
-        return bool(self.violations) or any(x is not None and not x <= 1 for x in (self.out, self.lse, self.gain))
+        """Whether anything would fail the case."""
+        return bool(self.violations) or any(self.caught().values())
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,7 @@ class Staged:
 
     kernel: Kernel
     setup: Setup
+    inputs: AttentionInputs  # what a right kernel sees
     reference: AttentionReference
     allowed: Tolerance
 
@@ -79,15 +87,6 @@ class Staged:
     @property
     def case(self) -> Case:
         return self.setup.problem.case
-
-    def fresh_outputs(self) -> Staged:
-        """The same case with outputs of its own, so that no launch finds what another one wrote."""
-        outputs = tuple(
-            guarded_output(o.name, tuple(o.tensor.shape), o.tensor.dtype, o.tensor.device, self.case.strides == "all")
-            for o in self.setup.outputs
-        )
-        args = replace(self.setup.args, out=outputs[0].tensor, lse=outputs[1].tensor if len(outputs) > 1 else None)
-        return replace(self, setup=replace(self.setup, args=args, outputs=outputs))
 
     def launch(self, args: LaunchArguments) -> tuple[str, ...]:
         """Launch on `args` (the arguments of this case or a fault of them): the violations."""
@@ -112,15 +111,24 @@ class Staged:
             violations=violations,
         )
         ratios = {t.name: t.err_over_tol for t in findings.tensors}
-        return Judged(ratios["out"], ratios.get("lse"), violations=violations)
+        gains = self._gains()
+        z = gains.z / Z_LIMIT if gains.num_statistics else None
+        return Judged(ratios["out"], ratios.get("lse"), z, gains.best, violations)
+
+    def _gains(self) -> GainFindings:
+        """Tier 2, which is off for structured data."""
+        if self.problem.structured:
+            return GainFindings()
+        cache, profile = self.setup.cache, self.kernel.contract.numerics
+        filters = PageFilter(profile, self.case.dtype, self.case.page_size, cache.pages, cache.cached_lens)
+        return find_gains(self.inputs, self.setup.outputs[0].tensor.double() * profile.out_scale, filters)
 
 
-def stage(
-    case: Case, kernel: Kernel, device: torch.device, change: Callable[[Problem], Problem] = lambda problem: problem
-) -> Staged:
-    """Build everything but the launch. `change` replaces the drawn problem."""
-    problem = change(build_problem(case, device))
+def stage(case: Case, kernel: Kernel, device: torch.device) -> Staged:
+    """Build everything but the launch."""
+    problem = build_problem(case, device)
     setup = build_arguments(problem, kernel.contract)
-    reference = build_reference(problem, setup.cache, kernel.contract)
+    inputs = reference_inputs(problem, setup.cache, kernel.contract)
+    reference = attend(inputs, rounding_of(kernel.contract.numerics, case.dtype))
     allowed = tolerance(reference, kernel.contract.numerics, case.dtype, case.head_size, structured=problem.structured)
-    return Staged(kernel, setup, reference, allowed)
+    return Staged(kernel, setup, inputs, reference, allowed)

@@ -1,7 +1,7 @@
 """torch's own attention kernels as contracts: SDPA's backends and flex_attention on gathered, contiguous K and V.
 
-Invariant: each backend is called by its own operator, so which kernel runs is no heuristic; none gets a mask, so rows are
-decode rows, whole prompts, or not causal (`accepts`).
+Invariant: each backend is called by its own operator, so which kernel runs is no heuristic; none gets a mask, so rows
+are decode rows, whole prompts, or not causal (`accepts`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from harness.kernel.arguments import LaunchArguments
 from harness.kernel.contract import Contract
 from harness.kernel.numerics import NumericsProfile
 from harness.kernel.registry import Launcher
+from harness.problem.admission import DESCALES
 from references.attention import AttentionInputs
 
 # q, k, v [1, heads, tokens, d] in the query dtype, causal (top left) or not, scale: out [1, heads, rows, dv] and, where
@@ -120,6 +121,7 @@ def _backend(
         content=Content.ALL,
         features=frozenset({"noncausal", "prefill", "strided_cache", "strided_inputs"}),
         dtypes=frozenset(dtypes),
+        descales=frozenset(DESCALES),
         returns_lse=lse,
         numerics=numerics,
     )
