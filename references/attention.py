@@ -44,8 +44,9 @@ def attend(
     root of a square) up to 10,000 keys. All else is float64.
 
     Memory: no temporary holds more than N = max(max_elements, gqa_ratio * max(longest seq_len, head_size_v + 1,
-    head_size)) scores, and at most 4 such float64 temporaries are alive at once (32 N bytes); beside them the result
-    and, of one batch, float64 copies of k and 4 times v: a batch is a single sequence or has at most max_elements.
+    head_size)) scores, and at most 4 such float64 temporaries are alive at once (32 N bytes). Beside them: the result;
+    of one batch, float64 copies of k (2) and v (4), where a batch is a single sequence or has at most max_elements of
+    either; at the end, 2 float64 copies of q, or the keys as float32 with three 64-bit integers per key and head.
     """
     if moment_dtype is None:
         moment_dtype = torch.bfloat16 if inputs.q.is_cuda else torch.float64
@@ -150,7 +151,7 @@ def _attend_batch(
 
 def _by_head(values: torch.Tensor) -> torch.Tensor:
     """[num_seqs, num_keys, num_kv_heads, n] as float64 [num_seqs * num_kv_heads, num_keys, n]"""
-    return values.double().transpose(1, 2).flatten(0, 1)
+    return values.transpose(1, 2).to(torch.float64, memory_format=torch.contiguous_format).flatten(0, 1)
 
 
 def _widest_span(inputs: AttentionInputs, batch: Batch) -> int:

@@ -39,7 +39,8 @@ def magnitudes(v: torch.Tensor, weight: torch.Tensor | None, row_sums: bool, dty
         v = torch.cat((v, torch.ones_like(v[..., :1])), dim=-1)
     if weight is not None:
         v = v / weight
-    return Magnitudes(v.abs().to(dtype), v.square().to(dtype), weight)
+    square = torch.mul(v, v, out=torch.empty_like(v, dtype=dtype))  # in one pass, rounded once
+    return Magnitudes(v.to(dtype, copy=True).abs_(), square, weight)
 
 
 def moments(soft: Softmax, v: Magnitudes, rounding: Rounding, cached: int) -> dict[str, torch.Tensor]:
