@@ -97,7 +97,7 @@ def memory_bound(shape: Shape) -> int:
     tile = max(MAX_ELEMENTS, group * max(longest, size + 1))
     batch = max(MAX_ELEMENTS, shape.num_kv_heads * longest * size)
     at_the_end = max(
-        8 * 2 * sum(shape.query_lens) * shape.num_q_heads * size,
+        8 * sum(shape.query_lens) * shape.num_q_heads * size,
         sum(shape.seq_lens) * shape.num_kv_heads * (4 * size + 8 * 3),
     )
     return max(32 * tile + 8 * 6 * batch, at_the_end)

@@ -46,7 +46,7 @@ def attend(
     Memory: no temporary holds more than N = max(max_elements, gqa_ratio * max(longest seq_len, head_size_v + 1,
     head_size)) scores, and at most 4 such float64 temporaries are alive at once (32 N bytes). Beside them: the result;
     of one batch, float64 copies of k (2) and v (4), where a batch is a single sequence or has at most max_elements of
-    either; at the end, 2 float64 copies of q, or the keys as float32 with three 64-bit integers per key and head.
+    either; at the end, a float64 copy of q, or the keys as float32 with three 64-bit integers per key and head.
     """
     if moment_dtype is None:
         moment_dtype = torch.bfloat16 if inputs.q.is_cuda else torch.float64
@@ -83,28 +83,30 @@ class _Result:
         per_sequence = torch.cat((self.largest, key_repeats(inputs.k, inputs.seq_lens)[None]))
         per_token = per_sequence[:, sequence].repeat_interleave(group, dim=2) * (visible > 0)[:, None]
         longest_key, longest_square, max_abs_v, repeats = per_token  # [num_tokens, num_q_heads] each
-        q = inputs.q.double() * abs(inputs.softmax_scale)
-        norm = torch.linalg.vector_norm
-        norms = norm(q, dim=-1), norm(q * inputs.q, dim=-1)
+        scale = abs(inputs.softmax_scale)
+        norms = _norms(inputs.q)
         if inputs.q_cached is not None:
-            cached = inputs.q_cached.double() * abs(inputs.softmax_scale)
-            norms = (
-                torch.maximum(norms[0], norm(cached, dim=-1)),
-                torch.maximum(norms[1], norm(cached * inputs.q_cached, dim=-1)),
-            )
+            norms = torch.maximum(norms, _norms(inputs.q_cached))
         rows = dict(zip(PER_ROW, self.per_row.movedim(-1, 0).contiguous(), strict=True))
         rows |= zip(ROW_MOMENTS, self.row_moments.movedim(-1, 0).contiguous(), strict=True)
         return AttentionReference(
             **self.per_element,
             **rows,
-            logit_bound=norms[0] * longest_key,
-            dot_bound=(norms[1] * abs(inputs.softmax_scale) * longest_square).sqrt_(),
+            logit_bound=norms[0] * longest_key * scale,
+            dot_bound=(norms[1] * longest_square).sqrt_() * scale,
             max_abs_v=max_abs_v,
             key_repeats=repeats,
             num_visible=visible.double(),
             logits_soft_cap=inputs.logits_soft_cap or 0.0,
             rounding=self.rounding,
         )
+
+
+def _norms(vectors: torch.Tensor) -> torch.Tensor:
+    """Norms of `vectors` [..., d] and of their squares: float64 [2, ...]"""
+    wide = vectors.to(torch.float64, copy=True)
+    norm = torch.linalg.vector_norm
+    return torch.stack((norm(wide, dim=-1), norm(wide.square_(), dim=-1)))
 
 
 def _visible(inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,10 +130,8 @@ def _attend_batch(
     weight = None if inputs.weight_scale is None else _by_head(batch.keys_of(inputs.weight_scale[..., None]))
     sizes = magnitudes(v, weight, result.rounding.row_sums, moment_dtype)
 
-    norm = torch.linalg.vector_norm
-    largest = torch.stack(
-        (norm(k, dim=-1).amax(-1), norm(k.square(), dim=-1).amax(-1), norm(v, ord=float("inf"), dim=(1, 2)))
-    )
+    largest_v = torch.linalg.vector_norm(v, ord=float("inf"), dim=(1, 2))
+    largest = torch.cat((_norms(k).amax(-1), largest_v[None]))
     sequences = [s.index for s in batch.sequences]
     result.largest[:, sequences] = largest.view(3, batch.num_seqs, num_kv_heads)
 

@@ -54,3 +54,15 @@ def test_memory_stays_within_the_stated_bound(feature: dict[str, Any], max_eleme
     with LiveBytes() as at_once:
         attend(inputs, ROUNDINGS["fp16"], max_elements=scores)
     assert at_once.largest > 8 * scores // 3  # the meter sees tiles that large
+
+
+def test_sequences_computed_together_stay_within_the_bound_too() -> None:
+    inputs = make_inputs((2,) * 40, (60,) * 40, kv_heads=4, group=2, size=4, size_v=4)
+    max_elements = 1 << 14
+    peaks = {}
+    for limit in (max_elements, 1 << 20):
+        with LiveBytes() as used:
+            result = attend(inputs, ROUNDINGS["fp16"], max_elements=limit)
+        peaks[limit] = used.peak - bytes_of(result)
+    bound = 32 * max_elements + 8 * (2 + 4) * max_elements
+    assert peaks[max_elements] <= bound < peaks[1 << 20]
