@@ -5,7 +5,8 @@
 The plain product is, per sequence, Q K^T and P V in float64 with as many keys as its rows see on average: no fewer
 multiplications than the reference needs, and nothing is masked, exponentiated or converted. `reference` is attend
 alone, `total` adds the tolerance and the judgement of an output with its LSE. `peak` is the most memory that attend
-held beside its result, `bound` what it promises.
+held beside its result, `bound` what it promises. `excess` is how much larger than exact the moments are, which on
+GPUs are upper bounds; one that is too small ends the command with an error.
 """
 
 from __future__ import annotations
@@ -103,6 +104,19 @@ def memory_bound(shape: Shape) -> int:
     return max(32 * tile + 8 * 6 * batch, at_the_end)
 
 
+def moment_excess(got: Any, exact: Any) -> float:
+    """Largest factor, less 1, by which sum p |v| exceeds its exact value. Raises RuntimeError where any falls short."""
+    short = [
+        bool((got.abs_pv < exact.abs_pv).any()),
+        bool((got.flush_sum < exact.flush_sum).any()),
+        bool((got.cast_sum + got.flush_sum < exact.cast_sum + exact.flush_sum).any()),
+        bool((got.cast_square.sqrt() + got.flush_sum < exact.cast_square.sqrt() + exact.flush_sum).any()),
+    ]
+    if any(short):
+        raise RuntimeError(f"moments below their exact values: {short}")
+    return float((got.abs_pv / exact.abs_pv).nan_to_num_(nan=1.0).max()) - 1
+
+
 def measure(shape: Shape, dtype: str, device: Any, repeats: int) -> dict[str, Any]:
     import torch
 
@@ -131,6 +145,7 @@ def measure(shape: Shape, dtype: str, device: Any, repeats: int) -> dict[str, An
     first = attend(inputs, rounding, max_elements=MAX_ELEMENTS)
     out, lse = first.out.to(q_dtype), first.lse.float()
     result_bytes = sum(x.nbytes for x in vars(first).values() if isinstance(x, torch.Tensor))
+    excess = moment_excess(first, attend(inputs, rounding, max_elements=MAX_ELEMENTS, moment_dtype=torch.float64))
     del first
 
     def reference() -> Any:
@@ -156,6 +171,7 @@ def measure(shape: Shape, dtype: str, device: Any, repeats: int) -> dict[str, An
         "total_ms": milliseconds(total, device, repeats),
         "peak_bytes": peak,
         "bound_bytes": memory_bound(shape),
+        "moment_excess": excess,
     }
 
 
@@ -167,14 +183,17 @@ def main() -> None:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
-    print(f"{'shape':<24}{'plain':>10}{'reference':>11}{'total':>10}{'total/plain':>13}{'peak/bound':>20}")
+    print(f"{'shape':<24}{'plain':>10}{'reference':>11}{'total':>10}{'total/plain':>13}{'peak/bound':>20}{'excess':>9}")
     for shape in QUICK if chosen.quick else SHAPES:
         row = measure(shape, chosen.dtype, device, repeats=3 if chosen.quick else 5)
         rows.append(row)
         peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}"
         memory = f"{peak}/{row['bound_bytes'] / 2**20:.0f} MiB"
         times = f"{row['plain_ms']:>7.2f} ms{row['reference_ms']:>8.2f} ms{row['total_ms']:>7.2f} ms"
-        print(f"{row['shape']:<24}{times}{row['total_ms'] / row['plain_ms']:>12.1f}x{memory:>20}", flush=True)
+        print(
+            f"{row['shape']:<24}{times}{row['total_ms'] / row['plain_ms']:>12.1f}x{memory:>20}{row['moment_excess']:>8.1%}",
+            flush=True,
+        )
     finish({"dtype": chosen.dtype, "rows": rows}, chosen.json)
 
 

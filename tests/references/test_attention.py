@@ -199,3 +199,23 @@ def test_inputs_are_left_alone() -> None:
 def test_shapes_that_do_not_fit_are_refused(change: dict[str, Any], what: str) -> None:
     with pytest.raises(ValueError, match=what):
         replace(make_inputs(), **change)
+
+
+def test_bounds_on_the_products_hold_for_every_key() -> None:
+    """Norms by Cauchy-Schwarz, over keys of the own sequence and kv head only; repeats are counted there as well."""
+    inputs = make_inputs((3, 1), (20, 9), causal=False)
+    k = inputs.k.clone()
+    k[22:26, 1] = k[21, 1]  # one key of the second sequence, 5 times over in one kv head
+    k[:, 0] *= 1e-3
+    k[0, 0] = 100  # of the first sequence alone
+    got = attend(replace(inputs, k=k), ROUNDINGS["bf16"])
+    for rows, keys in ((slice(0, 3), slice(0, 20)), (slice(3, 4), slice(20, 29))):
+        seen = k[keys].double().repeat_interleave(3, dim=1)  # [keys, num_q_heads, d]
+        terms = inputs.q[rows, None].double() * seen * inputs.softmax_scale  # [rows, keys, num_q_heads, d]
+        largest_square = terms.square().sum(-1).sqrt().amax(1)
+        assert bool((got.dot_bound[rows] >= largest_square - 1e-12).all())
+        assert bool((got.dot_bound[rows] <= got.logit_bound[rows] + 1e-12).all())
+        assert_equal("largest_logit", got.largest_logit[rows], terms.sum(-1).abs().amax(1))
+    assert float(got.logit_bound[:3, 0].min()) > 30 * float(got.logit_bound[3, 0])
+    assert got.key_repeats[3].tolist() == [1, 1, 1, 5, 5, 5]
+    assert bool((got.key_repeats[:3] == 1).all())
