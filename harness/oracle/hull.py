@@ -8,28 +8,13 @@ a fault that kernel and reference share cannot hide from it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from harness.dtypes import element_type
 from harness.kernel.numerics import NumericsProfile
+from harness.oracle.gains import HullFindings
 from harness.oracle.tolerance import U32, UNDERFLOW
 from references.attention import AttentionInputs
-
-
-@dataclass(frozen=True)
-class HullFindings:
-    """How many elements lie outside, and the one that does by most, relative to the range it should be in."""
-
-    num_outside: int
-    num_elements: int
-    token: int = -1
-    head: int = -1
-    dim: int = -1
-    got: float = 0.0
-    low: float = 0.0
-    high: float = 0.0
 
 
 def judge_hull(inputs: AttentionInputs, out: torch.Tensor, profile: NumericsProfile, q_dtype: str) -> HullFindings:
@@ -75,7 +60,7 @@ def attended_range(inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]
         if len(extremes) <= run:
             break
         extremes = torch.maximum(extremes[:-run], extremes[run:])
-    high, low = highest.split(inputs.v.shape[2], dim=2)
+    high, low = highest.tensor_split(2, dim=2)
     if inputs.sinks is not None:
         high, low = high.clamp(min=0), low.clamp(min=0)  # low is negated still
     return -low, high

@@ -48,6 +48,7 @@ class PageFilter:
     page_size: int
     pages: tuple[tuple[int, ...], ...]  # physical pages of each sequence
     cached_lens: tuple[int, ...]  # keys below these lie in pages
+    num_splits: int = 1
 
     def applies(self) -> bool:
         """Whether the cast of P can be modelled as independent errors: truncated P is biased."""
@@ -180,13 +181,15 @@ def _statistics(
     along = moments.along_out.sum(2).abs() * noise.second_order
     sums = [y.sum(2) for y in (product, moments.energy, moments.variance, moments.bias)]
     sums[3] += along
-    stacked = torch.stack(sums).double().unflatten(-1, (2, -1)).cpu()  # [4, num_seqs, num_kv_heads, 2, pages + 1]
+    stacked = (
+        torch.stack(sums).double().cpu().view(4, len(rows.sequences), sums[0].shape[1], 2, -1)
+    )  # [4, num_seqs, num_kv_heads, 2, pages + 1]
     return Statistics(rows.sequences, *stacked)
 
 
 def _findings(parts: Sequence[Statistics], filters: PageFilter) -> GainFindings:
     """All statistics judged; the same page seen by several parts is one statistic."""
-    merged: dict[int, list[torch.Tensor]] = {}
+    merged: dict[int, torch.Tensor] = {}
     for part in parts:
         for i, sequence in enumerate(part.sequences):
             sums = torch.stack((part.product[i], part.energy[i], part.variance[i], part.bias[i]))

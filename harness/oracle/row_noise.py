@@ -73,7 +73,7 @@ class RowNoise:
         along = (x @ self.out[..., None])[..., 0]  # [L, T]
         squares = weighted_squares(x, self.weights, self.v)  # [L, T, 4]
         cast, logit, mass, flushed = squares.unbind(-1)
-        means = (self.weights[..., :2, :].flatten(2, 3) @ self.v).unflatten(2, (-1, 2))  # [L, 2, head_size_v]
+        means = (self.weights[..., :2, :].flatten(2, 3) @ self.v).view(*self.weights.shape[:3], 2, -1)  # [L, 2, dv]
         totals = self.weights[..., :2, :].sum(-1)  # [L, 2]
         shift = -2 * along[..., None] * (x @ means.transpose(-1, -2))  # [L, T, 2]
         shift += (along * along)[..., None] * totals[..., None, :]
@@ -101,8 +101,8 @@ def weighted_squares(x: torch.Tensor, weights: torch.Tensor, v: torch.Tensor) ->
     """
     num_signatures, size = x.shape[-2:]
     if num_products(num_signatures, size) == num_signatures:
-        y = (x.flatten(-3, -2) @ v.transpose(-1, -2)).unflatten(-2, x.shape[-3:-1])  # [..., R, T, n]
-        return y.square_() @ weights.transpose(-1, -2)
+        y = (x.flatten(-3, -2) @ v.transpose(-1, -2)).view(*x.shape[:-1], -1).square_()  # [..., R, T, n]
+        return torch.matmul(y, weights.transpose(-1, -2))
     forms, values = [], v.unsqueeze(-3)  # [..., 1, n, d]
     for w in weights.unbind(-2):  # [..., R, n]
         gram = (w[..., None] * values).transpose(-1, -2) @ values  # [..., R, d, d]
@@ -125,10 +125,11 @@ def row_noise(rows: Rows, profile: NumericsProfile, q_dtype: str) -> RowNoise:
     largest = rows.scores.masked_fill(~rows.visible, -math.inf).amax(-1, keepdim=True)  # [L, 1]
     scale = (largest - rows.lse).exp()  # [L, 1]: p of the largest key; x_j = p_j / scale
     scale = scale.nan_to_num(0.0, 0.0, 0.0)
-    roundoff, subnormal = (  # [num_seqs, 1, 1, n] each
-        torch.where(rows.cached, *(p.new_tensor(c) for c in constants))[:, None, None]
-        for constants in zip(*((t.unit_roundoff, t.half_subnormal / profile.p_scale) for t in p_types), strict=True)
-    )
+    cached = rows.cached[:, None, None]  # [num_seqs, 1, 1, n]
+    cached_p, new_p = p_types
+    roundoff = torch.where(cached, p.new_tensor(cached_p.unit_roundoff), p.new_tensor(new_p.unit_roundoff))
+    subnormal = torch.where(cached, p.new_tensor(cached_p.half_subnormal), p.new_tensor(new_p.half_subnormal))
+    subnormal = subnormal / profile.p_scale
     lost_below = subnormal * scale if rows.weight is None else subnormal / rows.weight * scale  # [L, n]
     flushed = p < 2 * lost_below  # [L, n]
     half_ulp = torch.maximum(roundoff * p, torch.minimum(p, lost_below))
@@ -213,4 +214,5 @@ def _alike(out: torch.Tensor, out_roundoff: float) -> torch.Tensor:
     """Rows of the same sequence and KV head with nearly the same output, each: [L] of out [L, head_size_v]."""
     direction = out / out.norm(dim=-1, keepdim=True).clamp_min_(1e-300)
     close = 1 - 8 * max(out_roundoff, COARSEST) ** 2
-    return ((direction @ direction.transpose(-1, -2)) > close).sum(-1).clamp_(min=1).double()
+    count: torch.Tensor = ((direction @ direction.transpose(-1, -2)) > close).sum(-1).clamp_(min=1)
+    return count
