@@ -70,12 +70,14 @@ def _drawn(draw: random.Random, contract: Contract, index: int) -> Case:
         return value if feature in contract.features and draw.random() < 0.2 else None
 
     heads, group = draw.choice(HEADS)
+    kv_dtype = draw.choice(("auto", "auto", "fp8_e4m3", "fp8_e5m2"))
     return Case(
         matrix="false_alarms",
         kernel=contract.name,
         rows=draw.choice((*DECODE, *WHOLE, *MIXED)),
         dtype=draw.choice(sorted(contract.dtypes)),
-        kv_dtype=draw.choice(("auto", "auto", "fp8_e4m3", "fp8_e5m2")),
+        kv_dtype=kv_dtype,
+        descales="per_tensor" if kv_dtype == "auto" else draw.choice(sorted(contract.descales)),
         num_q_heads=heads,
         gqa_ratio=group,
         head_size=draw.choice((64, 128)),
@@ -153,7 +155,7 @@ def show(table: dict[str, dict[str, Any]], alarms: list[dict[str, Any]]) -> None
     width = max(len(name) for name in table)
     print(" " * width, f"{'runs':>5}", *(f"{title:>9}" for _, title in COLUMNS))
     for name, row in table.items():
-        cells = (f"{row[key]:9.2f}" if key in row else f"{'-':>9}" for key, _ in COLUMNS)
+        cells = (f"{row[key]:9.3f}" if key in row else f"{'-':>9}" for key, _ in COLUMNS)
         print(f"{name:<{width}} {row['runs']:>5}", *cells)
     for result in alarms:
         facts = {k: v for k, v in result.items() if k not in ("case", "alarm", "structured")}

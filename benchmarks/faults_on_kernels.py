@@ -52,7 +52,8 @@ class Group:
     kernel: str
     lens: tuple[tuple[tuple[int, int], ...], ...]
     profiles: tuple[Mapping[str, Any], ...]
-    seeds: int  # runs per fault and law = seeds * batches * profiles
+    seeds: int = 4  # runs per fault and law = seeds * batches * profiles
+    page_size: int = 16
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,6 @@ GROUPS: dict[str, Group] = {
             {"dtype": "fp16", "sliding_window": 64},
             {"dtype": "fp16", **_FP8},
         ),
-        seeds=4,
     ),
     "decode": Group(
         "unified_paged",
@@ -89,16 +89,15 @@ GROUPS: dict[str, Group] = {
             {"dtype": "bf16", **_FP8, "descales": "quiet", "num_splits": 16},
             {"dtype": "fp16", **_FP8, "num_splits": 16},
         ),
-        seeds=4,
     ),
     "p1024": Group(
         "unified_paged",
         (((128, 2048),), ((1, 2048), (1, 2048))),
         (
-            {"dtype": "bf16", **_FP8, "descales": "quiet", "page_size": 1024},
-            {"dtype": "bf16", **_FP8, "descales": "quiet", "page_size": 1024, "num_splits": 4},
+            {"dtype": "bf16", **_FP8, "descales": "quiet"},
+            {"dtype": "bf16", **_FP8, "descales": "quiet", "num_splits": 4},
         ),
-        seeds=4,
+        page_size=1024,
     ),
 }
 
@@ -153,25 +152,23 @@ def batch_of(lens: tuple[tuple[int, int], ...], shrink: int) -> Rows:
 
 
 def cases(group: Group, law: str, quick: bool) -> list[Case]:
-    """Every profile on every batch with every seed; with `quick` one batch, one seed, lengths over 8."""
-    return [
-        replace(
-            Case(
+    """Every profile on every batch with every seed; with `quick` one batch, one seed, lengths (and pages) over 8."""
+    shrink = 8 if quick else 1
+    found = []
+    for seed in range(1 if quick else group.seeds):
+        for lens in group.lens[: 1 if quick else None]:
+            plain = Case(
                 matrix="faults_on_kernels",
                 kernel=group.kernel,
-                rows=batch_of(lens, 8 if quick else 1),
+                rows=batch_of(lens, shrink),
                 gqa_ratio=4,
+                page_size=group.page_size // (shrink if group.page_size > 16 else 1),
                 geometry_seed=seed,
                 data_seed=seed,
                 data=law,
-            ),
-            **profile,
-            **({"page_size": profile["page_size"] // 8} if quick and "page_size" in profile else {}),
-        )
-        for seed in range(1 if quick else group.seeds)
-        for lens in group.lens[: 1 if quick else None]
-        for profile in group.profiles
-    ]
+            )
+            found += [replace(plain, **profile) for profile in group.profiles]
+    return found
 
 
 def target_of(staged: Staged, where: str) -> Target:

@@ -135,12 +135,15 @@ def heads_reversed(staged: Staged, at: Target) -> LaunchArguments:
 
 
 def length(by: int) -> Change:
-    """The kernel is told a sequence of another length."""
+    """The kernel is told another length; a slot that it should not reach holds another token, as in a pool in use."""
 
     def change(staged: Staged, at: Target) -> LaunchArguments:
-        lens = staged.setup.args.seq_lens.clone()
+        seq_len, args = staged.case.rows.seq_lens[at.seq], staged.setup.args
+        lens = args.seq_lens.clone()
         lens[at.seq] += by
-        return replace(staged.setup.args, seq_lens=lens)
+        if by > 0 and seq_len % staged.case.page_size:  # else the next slot is on no page of the sequence
+            args = _overwritten(staged, at.seq, seq_len, zeros=False)
+        return replace(args, seq_lens=lens)
 
     return change
 
