@@ -190,10 +190,8 @@ def main() -> None:
         peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}"
         memory = f"{peak}/{row['bound_bytes'] / 2**20:.0f} MiB"
         times = f"{row['plain_ms']:>7.2f} ms{row['reference_ms']:>8.2f} ms{row['total_ms']:>7.2f} ms"
-        print(
-            f"{row['shape']:<24}{times}{row['total_ms'] / row['plain_ms']:>12.1f}x{memory:>20}{row['moment_excess']:>8.1%}",
-            flush=True,
-        )
+        ratio, excess = row["total_ms"] / row["plain_ms"], row["moment_excess"]
+        print(f"{row['shape']:<24}{times}{ratio:>12.1f}x{memory:>20}{excess:>9.1%}", flush=True)
     finish({"dtype": chosen.dtype, "rows": rows}, chosen.json)
 
 

@@ -15,6 +15,7 @@ import torch
 from references.quantities import AttentionInputs
 
 CAUSAL_TILE_ROWS = 256  # rows per tile under a causal mask: a tile computes the keys of its last row for all its rows
+LARGEST_ON_CPU = 1 << 16  # elements of a batch that stay in the cache of a core
 SPARE_ON_CPU, SPARE_ON_GPU = 1 << 16, 1 << 24  # padded elements that cost about as much as the calls of one batch
 
 
@@ -72,7 +73,9 @@ class Batch:
 
 def batches(inputs: AttentionInputs, max_elements: int) -> Iterator[Batch]:
     """Batches of `inputs`; one of several sequences has at most `max_elements` scores, keys or values."""
-    spare = SPARE_ON_CPU if inputs.q.device.type == "cpu" else SPARE_ON_GPU
+    spare = SPARE_ON_GPU
+    if inputs.q.device.type == "cpu":
+        spare, max_elements = SPARE_ON_CPU, min(max_elements, LARGEST_ON_CPU)
     waiting = sorted(_sequences(inputs), key=lambda s: (s.cached_len, s.num_rows, s.seq_len))
     while waiting:
         taken = 1

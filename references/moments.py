@@ -1,7 +1,7 @@
 """Moments of the half ulps of P: the sums from which a tolerance follows.
 
 Invariant: every moment is a sum of non-negative terms; in float64 it is exact, in a narrower type it is inflated by
-what rounding can have taken away, so it is never too small.
+what rounding can have taken away, so it is never too small, but for terms below the smallest float32.
 """
 
 from __future__ import annotations

@@ -59,6 +59,7 @@ def test_the_bound_needs_the_inflation(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sequences_computed_together_or_alone_agree(causal: bool, spare: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is padded to a common size: no row of another sequence and no padded key gets in."""
     monkeypatch.setattr("references.batches.SPARE_ON_CPU", spare)
+    monkeypatch.setattr("references.batches.LARGEST_ON_CPU", 1 << 25)
     query_lens, seq_lens = (1, 5, 1, 9, 1, 4, 1, 3), (1, 5, 30, 12, 200, 2, 0, 200)
     inputs = make_inputs(query_lens, seq_lens, causal=causal, sinks=True, alibi=True, sliding_window=21)
     together = list(batches(inputs, 1 << 25))
