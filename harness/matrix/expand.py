@@ -28,7 +28,7 @@ from harness.problem.admission import descales_refusal, law_refusal, placement_r
 
 _NO_ROWS = (1,), (16,)  # stands in where a batch is not known yet or does not matter
 _HEADS = frozenset({"num_q_heads", "gqa_ratio"})
-_LAW_AXES = frozenset({"data", "logits_soft_cap", "alibi", "causal", "head_size", "head_size_v"})
+_LAW_AXES = frozenset({"data", "logits_soft_cap", "alibi", "causal"})
 _DESCALE_AXES = frozenset({"descales", "kv_dtype"})
 _PLACEMENT_AXES = ROWS_AXES | {"placement"}
 Spans = Mapping[tuple[str, Any], Span]

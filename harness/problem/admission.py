@@ -39,7 +39,6 @@ DESCALES: dict[str, str] = {
 EXP_RANGE = 88.0  # exp of less than -88 underflows in float32, of more than 88 overflows
 SHIFTED_MEAN = 160.0  # of the scores of law `large`, and but for its sign of law `negative`
 SHIFTED_SPREAD = 45.0  # scores of these laws keep within this of their mean
-SMALLEST_CODE = 16  # head size of V below which bar codes have too few dimensions to tell anything
 
 
 def law_refusal(case: Case) -> str | None:
@@ -61,8 +60,6 @@ def law_refusal(case: Case) -> str | None:
         return "negative: without a causal mask ALiBi lifts the scores of keys behind the query"
     if law in ("falling", "large", "bar_codes") and case.alibi:
         return f"{law}: ALiBi lowers the scores of distant keys"
-    if law == "bar_codes" and case.value_size < SMALLEST_CODE:
-        return f"bar_codes: a V head size of {case.value_size} has no room for codes; at least {SMALLEST_CODE}"
     return None
 
 

@@ -1,6 +1,7 @@
 """Bar codes: values that say which token they are, so that a mean of them tells which tokens were attended.
 
-Invariant: the value of a token is 1 in one dimension of each group and 0 elsewhere:
+Invariant: the value of a token is 1 in one dimension of each group and 0 elsewhere (below a head size of 8 there is no
+room for the last groups):
 
     page    its page within the sequence, modulo the size of the group
     slot    its place within the page: slot * size // page_size, or the slot itself where the group is large enough
@@ -42,7 +43,7 @@ class CodeGroups:
 
 def code_groups(head_size_v: int) -> CodeGroups:
     """Half of the dimensions for pages, a quarter for slots, an eighth each for sequences and heads."""
-    return CodeGroups(head_size_v // 2, head_size_v // 4, head_size_v // 8, head_size_v // 8)
+    return CodeGroups((head_size_v + 1) // 2, head_size_v // 4, head_size_v // 8, head_size_v // 8)
 
 
 def slot_class(slot: torch.Tensor, page_size: int, size: int) -> torch.Tensor:
@@ -64,8 +65,11 @@ def code_values(case: Case, device: torch.device | str) -> torch.Tensor:
         page = torch.div(pos, case.page_size, rounding_mode="floor") % groups.page
         slot = slot_class(pos % case.page_size, case.page_size, groups.slot)
         row[pos, :, part["page"].start + page] = 1.0
-        row[pos, :, part["slot"].start + slot] = 1.0
-        row[:, :, part["seq"].start + seq % groups.seq] = 1.0
+        if groups.slot:
+            row[pos, :, part["slot"].start + slot] = 1.0
+        if groups.seq:
+            row[:, :, part["seq"].start + seq % groups.seq] = 1.0
     head = torch.arange(heads, device=device)
-    values[:, head, part["head"].start + head % groups.head] = 1.0
+    if groups.head:
+        values[:, head, part["head"].start + head % groups.head] = 1.0
     return values

@@ -49,11 +49,8 @@ def _identity_table(case: Case) -> Case:
     return replace(case, placement=Placement("explicit", "identity", tuple(pages)))
 
 
-def _scales_of_one(problem: Problem) -> Problem:
-    """Descales of 1, of every page where descales are per page."""
-    if problem.page_descales is not None:
-        return replace(problem, page_descales=torch.ones_like(problem.page_descales))
-    return replace(problem, k_scale=1.0, v_scale=1.0)
+def _descales_of_one(case: Case) -> Case:
+    return case if case.kv_dtype == "auto" else replace(case, descales="one")
 
 
 def _int64_indices(args: LaunchArguments) -> LaunchArguments:
@@ -102,7 +99,7 @@ PLANTS: dict[str, Plant] = {
             "K and V descales are 1: a kernel that ignores them passes",
             "BLIND",
             applies=lambda case, content: case.kv_dtype != "auto",
-            problem=_scales_of_one,
+            case=_descales_of_one,
         ),
         Plant(
             "identity-table",
