@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 LOOSE_BELOW = 0.1  # errors that stay under a tenth of their tolerance leave room for faults nine times as large
 MIN_CASES = 8  # fewer may not hold the rows that come near a bound
+DECISIVE_TIERS = ("ci", "nightly")  # a run of these fails where a profile is not tight; smoke is a sample
 OK, TOO_LOOSE, UNPROVEN = "ok", "too loose", "unproven"
 
 
@@ -52,9 +53,15 @@ def tightness(records: Sequence[Record]) -> list[ProfileTightness]:
     """One entry per kernel and dtype that has cases to judge, sorted by kernel and dtype."""
     by_profile: dict[tuple[str, str], list[Record]] = {}
     for record in records:
-        if record.outcome is Outcome.PASS and record.case.get("data") == "normal" and record.err_over_tol is not None:
+        law = record.law or record.case.get("data")
+        if record.outcome is Outcome.PASS and law == "normal" and record.err_over_tol is not None:
             by_profile.setdefault((record.kernel, str(record.case.get("dtype"))), []).append(record)
     return [_judged(kernel, dtype, members) for (kernel, dtype), members in sorted(by_profile.items())]
+
+
+def not_tight(records: Sequence[Record]) -> list[ProfileTightness]:
+    """The profiles that a run of enough cases found too loose or unproven."""
+    return [profile for profile in tightness(records) if profile.decided and profile.verdict != OK]
 
 
 def _judged(kernel: str, dtype: str, records: Sequence[Record]) -> ProfileTightness:

@@ -33,6 +33,7 @@ records = st.builds(
     ran=st.lists(st.text(), max_size=3).map(tuple),
     err_over_tol=st.none() | numbers,
     lse_err_over_tol=st.none() | numbers,
+    tighter_err_over_tol=st.none() | numbers,
     seeds=st.dictionaries(st.text(), st.integers(), max_size=2),
     seconds=st.dictionaries(st.text(), numbers, max_size=3),
     reproduce=st.text(),
