@@ -9,8 +9,9 @@ A gain r on the K or V of one page of one KV head changes the outputs of a row b
 
 so that, with E = out - o over sampled rows and all query heads of the KV head,
 
-    N = sum <E, X>;    r = N / sum <X, X>;    z = max(|N| - bias, 0) / sd;    r_min = (Z_LIMIT sd + bias) / sum <X, X>
+    N = sum a <E, X>,   D = sum a <X, X>:   r = N / D,   z = max(|N| - bias, 0) / sd,   r_min = (Z_LIMIT sd + bias) / D
 
+Rows differ in noise; the weights a = <X, X> / (variance + bias^2) of a row make the sum the best estimate of r.
 Each page of each sequence, and all pages together (of a sequence, and of the batch), is one statistic.
 """
 
@@ -34,7 +35,7 @@ FALSE_ALARM = math.erfc(Z_LIMIT / math.sqrt(2))  # probability per statistic, 2.
 MAX_ROWS = 64  # sampled per sequence
 MAX_HEAD_ROWS = 256  # sampled rows times gqa_ratio
 MAX_GAINS = 16  # listed
-MIN_ENERGY = 1e-24  # of a signature; less is a page that no sampled row attends to
+MIN_ENERGY = 1e-24  # of the signature of a row; less is a page that the row does not attend to
 _SMALL = 1 << 21  # elements up to which a batch may consist of padding; beyond, of one half at most
 _ELEMENTS = 1 << 25  # of the largest temporary of a part of one sequence, where it has more than one row
 
@@ -72,6 +73,19 @@ def least_gains(inputs: AttentionInputs, filters: PageFilter) -> GainFindings:
         return GainFindings()
     parts = [_statistics(inputs, None, filters, batch) for batch in batches(inputs, filters.page_size)]
     return _findings(parts, filters)
+
+
+def least_of_pages(inputs: AttentionInputs, filters: PageFilter) -> dict[int, torch.Tensor]:
+    """Least detectable gain of each page, by sequence: float64 [num_kv_heads, 2 (K, V), pages], on the CPU.
+
+    inf where no sampled row attends to a page; no entry for a sequence that cannot be looked at.
+    """
+    if not filters.applies():
+        return {}
+    parts = [_statistics(inputs, None, filters, batch) for batch in batches(inputs, filters.page_size)]
+    sequences, table = _table(parts, filters)
+    least = _least(table)[:-1, ..., :-1]  # [num_seqs, num_kv_heads, 2, most pages]
+    return {s: least[i, ..., : len(filters.pages[s])] for i, s in enumerate(sequences)}
 
 
 def sampled(query_len: int, group: int) -> tuple[int, ...]:
@@ -115,9 +129,10 @@ class Statistics:
 
     sequences: tuple[int, ...]
     product: torch.Tensor  # N
-    energy: torch.Tensor
+    energy: torch.Tensor  # D
     variance: torch.Tensor
     bias: torch.Tensor
+    explained: torch.Tensor  # squared error that the signature explains, rows alike: tells kinds of one place apart
 
 
 def page_signatures(rows: Rows, page_size: int, cached: torch.Tensor) -> torch.Tensor:
@@ -174,49 +189,61 @@ def _statistics(
     x = page_signatures(rows, filters.page_size, cached)  # [num_seqs, num_kv_heads, R * group, T, dv]
     x = x.contiguous() * noise.used[..., None, None]
     moments = noise.moments(x)
-    product = torch.zeros_like(moments.energy)
+    energy, variance, bias, along = (y.double() for y in vars(moments).values())  # [num_seqs, kv heads, R * group, T]
+    product = torch.zeros_like(energy)
     if out is not None:
-        error = row_errors(rows, out, filters).float()
-        product = (x @ error[..., None])[..., 0]  # [num_seqs, num_kv_heads, R * group, T]
-    along = moments.along_out.sum(2).abs() * noise.second_order
-    sums = [y.sum(2) for y in (product, moments.energy, moments.variance, moments.bias)]
-    sums[3] += along
-    stacked = (
-        torch.stack(sums).double().cpu().view(4, len(rows.sequences), sums[0].shape[1], 2, -1)
-    )  # [4, num_seqs, num_kv_heads, 2, pages + 1]
+        product = (x @ row_errors(rows, out, filters).float()[..., None])[..., 0].double()
+    weight = (energy / (variance + bias.square())).masked_fill_(energy <= MIN_ENERGY, 0.0)
+    sums = [(weight * y).sum(2) for y in (product, energy, weight * variance, bias)]
+    sums[3] += (weight * along).sum(2).abs() * noise.second_order
+    sums.append(product.sum(2).square() / energy.sum(2).clamp(min=MIN_ENERGY))
+    stacked = torch.stack(sums).cpu().view(len(sums), len(rows.sequences), sums[0].shape[1], 2, -1)
     return Statistics(rows.sequences, *stacked)
 
 
-def _findings(parts: Sequence[Statistics], filters: PageFilter) -> GainFindings:
-    """All statistics judged; the same page seen by several parts is one statistic."""
+def _table(parts: Sequence[Statistics], filters: PageFilter) -> tuple[list[int], torch.Tensor]:
+    """Sums over rows: [5 (product, energy, variance, bias, explained), num_seqs + 1, num_kv_heads, 2, most pages + 1].
+
+    The last sequence stands for the whole batch, the last page for all pages.
+    """
     merged: dict[int, torch.Tensor] = {}
     for part in parts:
         for i, sequence in enumerate(part.sequences):
-            sums = torch.stack((part.product[i], part.energy[i], part.variance[i], part.bias[i]))
+            sums = torch.stack((part.product[i], part.energy[i], part.variance[i], part.bias[i], part.explained[i]))
             pages = len(filters.pages[sequence])
-            sums = torch.cat((sums[..., :pages], sums[..., -1:]), dim=-1)  # [4, num_kv_heads, 2, pages + 1]
+            sums = torch.cat((sums[..., :pages], sums[..., -1:]), dim=-1)  # [5, num_kv_heads, 2, pages + 1]
             merged[sequence] = merged[sequence] + sums if sequence in merged else sums
     if not merged:
-        return GainFindings()
+        return [], torch.zeros(5, 1, 1, 2, 1, dtype=torch.float64)
     width = max(sums.shape[-1] for sums in merged.values())
-    shape = (4, len(merged) + 1, *next(iter(merged.values())).shape[1:3], width)
+    shape = (5, len(merged) + 1, *next(iter(merged.values())).shape[1:3], width)
     table = torch.zeros(shape, dtype=torch.float64)
     for i, sums in enumerate(merged.values()):
         table[:, i, ..., : sums.shape[-1] - 1] = sums[..., :-1]
         table[:, i, ..., -1] = sums[..., -1]
     table[:, -1, ..., -1] = table[:, :-1, ..., -1].sum(1)  # the whole batch
-    product, energy, variance, bias = table  # [num_seqs + 1, num_kv_heads, 2, width]
-    attended = energy > MIN_ENERGY
+    return list(merged), table
+
+
+def _least(table: torch.Tensor) -> torch.Tensor:
+    """r_min [num_seqs + 1, num_kv_heads, 2, most pages + 1]; inf where nothing is attended to."""
+    _, energy, variance, bias, _ = table
+    return torch.where(energy > 0, (Z_LIMIT * variance.sqrt() + bias) / energy.clamp(min=1e-300), math.inf)
+
+
+def _findings(parts: Sequence[Statistics], filters: PageFilter) -> GainFindings:
+    """All statistics judged; the same page seen by several parts is one statistic."""
+    sequences, table = _table(parts, filters)
+    product, energy, variance, bias, explained = table  # [num_seqs + 1, num_kv_heads, 2, width]
+    width, attended = table.shape[-1], energy > 0
     deviation = variance.clamp(min=1e-300).sqrt()
     z = torch.where(attended, ((product.abs() - bias).clamp(min=0) / deviation) * product.sign(), 0.0)
-    least = torch.where(attended, (Z_LIMIT * deviation + bias) / energy.clamp(min=MIN_ENERGY), math.inf)
-    explained = torch.where(attended, product.square() / energy.clamp(min=MIN_ENERGY), 0.0)
     rank = z.abs().amax((2, 3), keepdim=True)  # of each sequence and KV head: first where, then what
     above = (z.abs() > Z_LIMIT).nonzero().tolist()
     above.sort(key=lambda at: (-float(rank[at[0], at[1]]), -float(explained[tuple(at)])))
     found = []
     for i, head, kind, slot in above:
-        sequence = [*merged, None][i]
+        sequence = [*sequences, None][i]
         in_page = sequence is not None and slot < width - 1
         found.append(
             Gain(
@@ -229,7 +256,7 @@ def _findings(parts: Sequence[Statistics], filters: PageFilter) -> GainFindings:
                 page=filters.pages[sequence][slot] if in_page else None,
             )
         )
-    per_page = least[:-1, ..., :-1]  # [num_seqs, num_kv_heads, 2, width - 1]
+    per_page = _least(table)[:-1, ..., :-1]  # [num_seqs, num_kv_heads, 2, width - 1]
     return GainFindings(
         z=float(z.abs().max()),
         num_statistics=int(attended.sum()),
