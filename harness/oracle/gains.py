@@ -13,6 +13,7 @@ K_DESCALE, V_DESCALE = "K descale", "V descale"
 PAGE_WEIGHT = "page weight"
 TOKEN_WEIGHT = "token weight"
 TOKEN_ZERO = "token read as zero"
+TOKEN_VALUE = "values of token"
 OLDEST_WEIGHT = "oldest key"  # of what each row sees: the left edge of a window
 NEWEST_WEIGHT = "newest key"  # of what each row sees: the causal edge
 BEYOND_OLDEST, BEYOND_NEWEST = "key left of the window", "key behind the query"

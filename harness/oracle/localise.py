@@ -29,6 +29,7 @@ from harness.oracle.gains import (
     ROW_GAIN,
     SPLIT_AVERAGE,
     SPLIT_WEIGHT,
+    TOKEN_VALUE,
     TOKEN_WEIGHT,
     TOKEN_ZERO,
     V_DESCALE,
@@ -41,6 +42,7 @@ from references.rows import Rows, attention_rows
 
 MIN_SHARE = 0.5  # of the squared error; two unrelated faults cannot both explain more
 SIGNIFICANT = 25.0  # five sigma squared: by how much more a less simple fault must explain, in units of row noise
+MIN_ROWS = 16  # a fit of one value per dim takes 1 / rows of any error
 MAX_SHIFTS = 8  # KV heads tried instead of the right one
 SPLIT_UNITS = (16, 32, 64, 128)  # keys per tile, in which kernels cut splits
 FULL = 1 - 1e-9  # a weight of one cannot be missing: nothing would be left
@@ -147,6 +149,7 @@ def _signatures(
     yield from _heads(inputs, one, rows, kv_head, chosen)
     yield from _splits(rows, filters)
     yield from _rows(rows, error)
+    yield from _values(rows, error, filters)
 
 
 def _edges(rows: Rows) -> Iterator[Signatures]:
@@ -173,7 +176,7 @@ def _tokens(rows: Rows, error: torch.Tensor, filters: PageFilter) -> Iterator[Si
     Both change row r by a_rj o_r - b_rj v_j, so that all keys are compared by products of matrices.
     """
     p, v, out, visible = rows.p[0, 0], rows.v[0, 0], rows.out[0, 0], rows.visible[0, 0]
-    sequence, error = rows.sequences[0], error.double()
+    error = error.double()
     bias = rows.scores[0, 0] - (_capped(rows) if rows.soft_cap else rows.raw[0, 0])  # [L, n]: that of ALiBi
     zero = (bias - rows.lse[0, 0]).exp().masked_fill(~visible, 0.0)  # [L, n] weight of a key of zeros
     left = (1 - p).clamp(min=1 - FULL)
@@ -186,11 +189,8 @@ def _tokens(rows: Rows, error: torch.Tensor, filters: PageFilter) -> Iterator[Si
         product = (a * along_out - b * along_v).sum(0)  # [n]
         energy = (a * a * size_out - 2 * a * b * across + b * b * size_v).sum(0)
         key = int(torch.where(energy > 0, product.square() / energy.clamp(min=1e-30), 0.0).argmax())
-        cached = key < filters.cached_lens[sequence]
-        slot = key // filters.page_size if cached else None
-        page = None if slot is None else filters.pages[sequence][slot]
         x = a[:, key : key + 1] * out - b[:, key : key + 1] * v[key]
-        yield [replace(kind, slot=slot, page=page, position=key)], x[:, None]
+        yield [_of_token(kind, key, rows, filters)], x[:, None]
 
 
 def _capped(rows: Rows) -> torch.Tensor:
@@ -242,6 +242,26 @@ def _rows(rows: Rows, error: torch.Tensor) -> Iterator[Signatures]:
     own = torch.arange(len(error), device=error.device) // rows.group == worst
     gain = Gain(ROW_GAIN, 1.0, 0.0, position=int(rows.positions[0, worst]))
     yield [gain], (rows.out[0, 0] * own[:, None])[:, None]
+
+
+def _values(rows: Rows, error: torch.Tensor, filters: PageFilter) -> Iterator[Signatures]:
+    """The key whose values explain most if they may be anything: E_r = p_rj (v' - v_j), fitted over the rows."""
+    p, error = rows.p[0, 0], error.double()
+    if len(p) < MIN_ROWS:
+        return
+    size = p.square().sum(0)  # [n]
+    change = p.T @ error / size.clamp(min=1e-30)[:, None]  # [n, dv]
+    key = int((change.square().sum(1) * size).argmax())
+    yield [_of_token(Gain(TOKEN_VALUE, 1.0, 0.0), key, rows, filters)], (p[:, key, None] * change[key])[:, None]
+
+
+def _of_token(gain: Gain, key: int, rows: Rows, filters: PageFilter) -> Gain:
+    """`gain` with the place of a key; new tokens lie in no page."""
+    sequence = rows.sequences[0]
+    if key >= filters.cached_lens[sequence]:
+        return replace(gain, position=key)
+    slot = key // filters.page_size
+    return replace(gain, position=key, slot=slot, page=filters.pages[sequence][slot])
 
 
 def _mass(rows: Rows, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,6 +15,7 @@ MAX_LINES = 3  # gains told one by one
 _LOOKS_LIKE = {
     gains.TOKEN_WEIGHT: {-1: "one token is not read", 1: "one token counts twice"},
     gains.TOKEN_ZERO: {1: "one token is read as zeros"},
+    gains.TOKEN_VALUE: {1: "one token has other values than were stored"},
     gains.OLDEST_WEIGHT: {-1: "the oldest key each query should see is not read (left edge of the window)"},
     gains.NEWEST_WEIGHT: {-1: "the newest key each query should see is not read"},
     gains.BEYOND_OLDEST: {1: "one key too many is read at the left edge of the window"},
