@@ -18,7 +18,7 @@ from harness.problem.bar_codes import code_groups, slot_class
 from harness.problem.masks import visible
 from harness.problem.problem import Problem
 from harness.problem.spans import Span, spans
-from harness.triage.wording import compact, count
+from harness.triage.wording import MAX_RUNS, compact, count
 
 MAX_STATEMENTS = 8
 _MAX_ROWS = 512  # (token, head) rows read per sequence
@@ -71,7 +71,10 @@ class _Reader:
         if (token := self._one_token(found)) is not None and (place := self._place(*token[:2], pos)):
             return (f"{place} attended {'once too often' if token[2] > 0 else '0 times'}", *foreign)
         named = {"page": self._pages, "slot": self._slots}
-        name = "page" if "page" in found else "slot"
+        names = [n for n in named if n in found and (n == "page" or self.problem.case.page_size > 1 or len(found) == 1)]
+        name = min(
+            names, key=lambda n: len(found[n]), default="page"
+        )  # a page is many slots, a slot lies in many pages
         own = [f"{named[name](c)} {_times(got[parts[name]][c], want[parts[name]][c])}" for c in found.get(name, {})]
         return (*own, *foreign) or ("shares differ that no page or slot explains",)
 
@@ -117,7 +120,9 @@ class _Reader:
         pages = range(page_class, -(-self.seq_len // self.problem.case.page_size), size)
         if not pages:
             return f"a page beyond the end (number {page_class} modulo {size})"
-        return f"page {pages[0]}" if len(pages) == 1 else f"pages {compact(list(pages))} together"
+        if len(pages) == 1:
+            return f"page {pages[0]}"
+        return f"pages {', '.join(map(str, pages)) if len(pages) <= MAX_RUNS else compact(list(pages))} together"
 
     def _slots(self, slot: int) -> str:
         case, size = self.problem.case, code_groups(self.problem.case.value_size).slot
