@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from harness.errors import AttnregError
+from harness.oracle.tightness import DECISIVE_TIERS, not_tight
 from harness.run.outcome import Outcome, Verdict
 from harness.session import SELECTED, Session
 from harness.store.environment import environment
@@ -103,6 +104,12 @@ class Reporting:
         writer.write(text)
         if self.nothing_ran:
             terminalreporter.write_line(f"ERROR: {self.nothing_ran}", red=True)
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """A numerics profile too loose to test anything fails the run, however many cases pass under it."""
+        decisive = self.session.tier in DECISIVE_TIERS and self.session.plant is None
+        if decisive and session.exitstatus == pytest.ExitCode.OK and not_tight(self.records):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from harness.oracle.tightness import not_tight
 from harness.report.failure import failure_lines, one_line, outcome_style
 from harness.report.lines import WIDTH, Line, Span, labelled, line, wrap
 from harness.run.outcome import Outcome
@@ -60,6 +61,8 @@ def summary_lines(
         )
     if header.plants:
         lines += labelled("planted", [", ".join(header.plants)], width, "bold magenta")
+    for profile in not_tight(records):
+        lines += labelled("numerics", [f"{profile.kernel} {profile.dtype}: {profile.text}"], width, "yellow")
     return lines + _totals(tally_totals(records), log_path, width)
 
 

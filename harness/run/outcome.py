@@ -35,6 +35,9 @@ class Verdict:
     ran: tuple[str, ...] = ()
     err_over_tol: float | None = None
     lse_err_over_tol: float | None = None
+    z: float | None = None  # largest |z| of tier 2, fails above 7; None where it does not apply
     seconds: dict[str, float] | None = None  # by phase: problem, cache, reference, launch, judge
     seeds: dict[str, int] | None = None
     explanation: dict[str, Any] | None = None
+    law: str = ""  # the data law that was taken, where the case left the choice open
+    tighter_err_over_tol: float | None = None  # of out, were P rounded one step more finely; ordinary data only
