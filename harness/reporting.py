@@ -47,12 +47,15 @@ class Reporting:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """A run in which nothing ran is not green, and says why."""
+        """Neither a run in which nothing ran is green, nor one under a numerics profile too loose to test anything."""
         if self.session.config.getoption("--collect-only"):
             return
+        decisive = self.session.tier in DECISIVE_TIERS and self.session.plant is None
         self.nothing_ran = self._nothing_ran(int(session.exitstatus))
         if self.nothing_ran:
             session.exitstatus = pytest.ExitCode.USAGE_ERROR
+        elif decisive and session.exitstatus == pytest.ExitCode.OK and not_tight(self.records):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def _nothing_ran(self, status: int) -> str:
         facts = self.session
@@ -104,12 +107,6 @@ class Reporting:
         writer.write(text)
         if self.nothing_ran:
             terminalreporter.write_line(f"ERROR: {self.nothing_ran}", red=True)
-
-    def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """A numerics profile too loose to test anything fails the run, however many cases pass under it."""
-        decisive = self.session.tier in DECISIVE_TIERS and self.session.plant is None
-        if decisive and session.exitstatus == pytest.ExitCode.OK and not_tight(self.records):
-            session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
