@@ -85,11 +85,11 @@ def draw_sinks(case: Case, slopes: Sequence[float] | None, device: torch.device 
         near = typical_len if slopes is None else min(typical_len, 1.0 / slopes[head])  # keys ALiBi leaves in sight
         lse = math.log(max(near, 1.0)) + 0.5
         if case.data == "probe":
-            lse = probe_score(typical_len)
+            lse = probe_score(typical_len) * case.scale_factor
         if case.data in ("rising", "falling"):
-            lse = ramp_lse(case, typical_len)
+            lse = ramp_lse(case, typical_len) * case.scale_factor
         if case.data in _SHIFTS:
-            lse += _SHIFTS[case.data] * SHIFTED_MEAN
+            lse += _SHIFTS[case.data] * SHIFTED_MEAN * case.scale_factor
         if case.data in NEEDLES:
             lse = 0.0
         if case.logits_soft_cap is not None and case.data in ("probe", "negative", "large"):
