@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from harness.cache.effective import effective_kv
 from harness.case import Case
 from harness.errors import KernelNotFound, KernelRaised, LawError, PlacementError, SetupBug, first_line
 from harness.interpreter import prepare
@@ -31,7 +32,8 @@ from harness.run.outcome import Outcome, Verdict
 from harness.run.plant import NO_PLANT, Plant
 from harness.run.reference import build_reference
 from harness.run.setup import Setup, build_arguments, check_setup
-from harness.triage.explain import explain_mismatch, explain_setup_bug
+from harness.triage.bar_codes import decode_bar_codes
+from harness.triage.explain import explain_mismatch, explain_setup_bug, with_row
 from references.attention import AttentionReference
 
 
@@ -183,6 +185,10 @@ def _verdict(
     if findings.clean:
         return replace(verdict, tighter_err_over_tol=_tighter(contract, setup, reference))
     explanation = explain_mismatch(case, findings)
+    if case.data == "bar_codes":
+        _, values = effective_kv(setup.problem, setup.cache, contract.content)
+        read = decode_bar_codes(out.tensor.double() * allowed.out_scale, setup.problem, values)
+        explanation = with_row(explanation, "attended", *read) if read else explanation
     return replace(verdict, outcome=Outcome.FAIL, reason=explanation["summary"], explanation=explanation)
 
 
