@@ -32,6 +32,7 @@ from harness.run.outcome import Outcome, Verdict
 from harness.run.plant import NO_PLANT, Plant
 from harness.run.reference import build_reference
 from harness.run.setup import Setup, build_arguments, check_setup
+from harness.run.twin import with_noise_floor
 from harness.triage.bar_codes import decode_bar_codes
 from harness.triage.explain import explain_mismatch, explain_setup_bug, with_row
 from references.attention import AttentionReference
@@ -47,6 +48,7 @@ class Options:
     data_seed: int | None = None  # overrides the seeds of the case
     geometry_seed: int | None = None
     demand: Demand = NO_DEMAND  # what the matrix demands to be seen
+    noise_floor: str = "off"  # off | report | fail: whether errors are compared with those of a case's twin
 
 
 @dataclass
@@ -148,7 +150,12 @@ def _launched(contract: Contract, setup: Setup, options: Options, watch: Stopwat
         with watch.phase("launch"):
             result = launch(contract, launcher, setup.args, setup.outputs, program_order_seed=case.geometry_seed)
         with watch.phase("judge"):
-            return _verdict(contract, setup, reference, allowed, result)
+            verdict = _verdict(contract, setup, reference, allowed, result)
+        if options.noise_floor == "off" or verdict.outcome is not Outcome.PASS:
+            return verdict
+        with watch.phase("twin"):
+            fail = options.noise_floor == "fail"
+            return with_noise_floor(verdict, contract, setup, reference, allowed, launcher, fail=fail)
     except KernelNotFound as error:
         return Verdict(Outcome.ERROR, str(error))
     except KernelRaised as error:
