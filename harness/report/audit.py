@@ -22,7 +22,7 @@ def render_audit(rows: Sequence[AuditRow], tier: str, *, every_case: bool = Fals
         own = [row for row in rows if row.matrix == matrix]
         blind = sum(row.blind for row in own)
         lines += [f"{matrix}  {len(own)} cases of tier {tier}, {blind} blind  (effects in units of the tolerance)"]
-        lines += _faults(own)
+        lines += [*_faults(own), *_descale_errors(own)]
         if every_case:
             lines += _cases(own)
         lines.append("")
@@ -47,6 +47,13 @@ def _faults(rows: Sequence[AuditRow]) -> Iterator[str]:
         laws = ", ".join(dict.fromkeys(row.laws.get(fault, "none") for row in blind))
         numbers = f"{len(sizes):>6}{len(blind):>6}{min(sizes):>9.3g}{median(sizes):>9.3g}"
         yield f"  {fault:<14}{numbers}  {laws}".rstrip()
+
+
+def _descale_errors(rows: Sequence[AuditRow]) -> Iterator[str]:
+    found = [row.least_descale_error for row in rows if row.least_descale_error is not None]
+    if found:
+        typical = ", ".join(f"{name} {median(error[name] for error in found):.2%}" for name in found[0])
+        yield f"  descale error of one page that tier 2 sees: {typical} (median of {len(found)} cases)"
 
 
 def _cases(rows: Sequence[AuditRow]) -> Iterator[str]:

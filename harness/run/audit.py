@@ -6,6 +6,7 @@ a `legacy_tolerance`, which the audit alone measures with.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -20,7 +21,12 @@ from harness.errors import LawError, PlacementError
 from harness.kernel.contract import Contract
 from harness.matrix.axes import case_id
 from harness.matrix.loading import load
+from harness.oracle.matched_filter import least_gains
+from harness.problem.problem import build_problem
+from harness.run.judge_gains import page_filter
 from harness.run.observe import Demand, advise, cheapest_laws, choose_law, observe_case
+from harness.run.reference import reference_inputs
+from harness.run.setup import build_arguments
 from harness.store.plain import plain_dict
 
 
@@ -47,6 +53,7 @@ class AuditRow:
     laws: dict[str, str]  # the cheapest law that shows each fault that is not seen; faults no law shows are left out
     facts: tuple[str, ...] = ()
     advice: str = ""
+    least_descale_error: dict[str, float] | None = None  # of K, V on one page: what tier 2 sees, relative, where it can
 
     @property
     def blind(self) -> bool:
@@ -98,4 +105,21 @@ def audit_case(job: Job) -> AuditRow:
         laws=laws,
         facts=found.facts,
         advice=advise(found, laws),
+        least_descale_error=least_descale_error(found.case, contract, job.device),
     )
+
+
+def least_descale_error(case: Case, contract: Contract, device: str) -> dict[str, float] | None:
+    """Smallest relative error of the K and V descale of one page that tier 2 sees, the median over pages.
+
+    None where nothing is quantised, where tier 2 does not apply, and where it sees no page at all.
+    """
+    if case.kv_dtype == "auto":
+        return None
+    setup = build_arguments(build_problem(case, device), contract)
+    if setup.problem.structured:
+        return None
+    inputs = reference_inputs(setup.problem, setup.cache, contract)
+    least = least_gains(inputs, page_filter(contract, setup))
+    found = {"K": least.least_k, "V": least.least_v}
+    return found if all(math.isfinite(error) for error in found.values()) else None

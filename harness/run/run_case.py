@@ -127,7 +127,10 @@ def _blindness(setup: Setup) -> str | None:
     """Why this set-up could not show some fault, or None."""
     problem, cache = setup.problem, setup.cache
     found = blind_to(
-        kv_dtype=problem.case.kv_dtype, k_scale=problem.k_scale, v_scale=problem.v_scale, pages=cache.pages
+        kv_dtype=problem.case.kv_dtype,
+        k_descale=problem.descale("k"),
+        v_descale=problem.descale("v"),
+        pages=cache.pages,
     )
     return "; ".join(f"cannot see {b.fault}: {b.because}" for b in found) or None
 

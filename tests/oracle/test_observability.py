@@ -337,13 +337,21 @@ def test_a_sample_can_only_understate(fault: str) -> None:
     assert MARGIN < size <= true * (1 + 1e-9)
 
 
-def test_what_no_output_can_show() -> None:
-    spread = [[7, 2], [4]]
-    assert blind_to(kv_dtype="auto", k_scale=1.0, v_scale=1.0, pages=spread) == ()
-    assert blind_to(kv_dtype="fp8_e4m3", k_scale=0.5, v_scale=0.25, pages=spread) == ()
-    found = blind_to(kv_dtype="fp8_e4m3", k_scale=1.0, v_scale=0.25, pages=spread)
-    assert [blindness.fault for blindness in found] == ["k_descale"]
-    found = blind_to(kv_dtype="fp8_e4m3", k_scale=0.5, v_scale=0.5, pages=spread)
-    assert [blindness.fault for blindness in found] == ["descales_exchanged"]
-    found = blind_to(kv_dtype="auto", k_scale=1.0, v_scale=1.0, pages=[[0, 1], [2]])
-    assert [blindness.fault for blindness in found] == ["page_mapping"]
+@pytest.mark.parametrize(
+    ("k", "v", "faults"),
+    [
+        ([0.5], [0.25], []),
+        ([1.0], [0.25], ["k_descale"]),
+        ([1.0], [1.0], ["k_descale", "v_descale"]),
+        ([0.5], [0.5], ["descales_exchanged"]),
+        ([0.5, 1.0], [0.25, 2.0], []),  # per page
+        ([0.5, 1.0], [1.0, 1.0], ["v_descale"]),
+    ],
+)
+def test_descales_that_no_output_can_show(k: list[float], v: list[float], faults: list[str]) -> None:
+    descales = {"k_descale": torch.tensor(k)[:, None, None], "v_descale": torch.tensor(v)[:, None, None]}
+    found = blind_to(kv_dtype="fp8_e4m3", **descales, pages=[[7, 2], [4]])
+    assert [blindness.fault for blindness in found] == faults
+    assert blind_to(kv_dtype="auto", **descales, pages=[[7, 2], [4]]) == ()
+    (identity,) = blind_to(kv_dtype="auto", **descales, pages=[[0, 1], [2]])
+    assert identity.fault == "page_mapping"

@@ -16,6 +16,7 @@ from harness.report.audit import render_audit
 from harness.run.audit import AuditRow, audit, jobs
 from harness.run.observe import LAWS, Demand, choose_law
 from harness.run.outcome import Outcome, Verdict
+from harness.run.plant import find_plant
 from harness.run.run_case import Options, run_case
 from harness.store.record import Record
 
@@ -75,6 +76,9 @@ def test_ordinary_data_see_what_that_law_does_not(tmp_path: Path) -> None:
     rows = audited(path)
     assert len(rows) == 2
     assert not any(row.blind for row in rows)
+    least = rows[0].least_descale_error
+    assert least is not None
+    assert 0 < least["K"] < 0.02
     assert main(["audit", str(path), "--workers", "1"]) == 0
 
 
@@ -104,6 +108,14 @@ def test_a_run_is_blind_before_the_launch_and_only_to_what_is_demanded() -> None
     assert ran(case, "newest_token").outcome is Outcome.PASS
     assert ran(case, "k_descale", contract_checks=False).outcome is Outcome.PASS
     assert ran(replace(case, data="normal"), "newest_token", "k_descale").outcome is Outcome.PASS
+
+
+@pytest.mark.parametrize("descales", ["per_tensor", "loud"])
+@pytest.mark.parametrize("plant", ["scale-one", "identity-table"])
+def test_set_ups_that_no_output_can_show_are_blind_whatever_is_demanded(plant: str, descales: str) -> None:
+    case = make(kv_dtype="fp8_e4m3", descales=descales)
+    assert ran(case).outcome is Outcome.PASS
+    assert ran(case, plant=find_plant(plant)).outcome is Outcome.BLIND
 
 
 def test_the_margin_of_a_matrix_decides(tmp_path: Path) -> None:
