@@ -4,7 +4,8 @@
 
 Prints the worst error over tolerance per kernel, query dtype and cache dtype: tier 1 on N(0,1) data, on all generic
 laws and on structured ones, tier L, and |z| of tier 2 (each over its threshold). Exit status 1 if anything exceeds 1.
-Run number i is the same case everywhere: --only i repeats it and prints its facts.
+Run number i is the same case on every machine with a GPU, and on every one without: --only i repeats it and prints its
+facts.
 
 Honest are the in-tree kernels, torch's own on contiguous K and V, and emulations of roundings neither has (fp8 P, sums
 after the cast, 16-bit partials, fp8 output). On a CPU the in-tree Triton kernels are interpreted and get a tenth of the

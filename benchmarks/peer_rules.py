@@ -52,7 +52,8 @@ def aiter_max_abs(outputs: Outputs) -> bool:
 def flash_attention_2x(outputs: Outputs) -> bool:
     """flash-attention, tests/test_flash_attn.py: max|out - ref| <= 2 max|pt - ref| + 2 max|ref + 0.3 - 0.3 - ref|.
 
-    ref is float32 attention cast to the dtype of the output, pt unfused attention in that dtype.
+    ref is float32 attention cast to the dtype of the output, pt unfused attention in that dtype; with an fp8 P its
+    normalised P is cast to fp8, where most of it is flushed to zero at thousands of keys, and the rule allows anything.
     """
     dtype = outputs.out.dtype if outputs.out.itemsize == 2 else torch.bfloat16
     ref = outputs.want.to(dtype)

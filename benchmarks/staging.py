@@ -17,15 +17,17 @@ from harness.kernel.contract import Contract
 from harness.kernel.launch import launch
 from harness.kernel.registry import Launcher, find_kernels, load_entry
 from harness.oracle.gains import Gain, GainFindings
+from harness.oracle.hull import judge_hull
 from harness.oracle.judge import judge
-from harness.oracle.matched_filter import Z_LIMIT, PageFilter, find_gains
+from harness.oracle.matched_filter import Z_LIMIT, find_gains
 from harness.oracle.tolerance import Tolerance, rounding_of, tolerance
 from harness.problem.problem import Problem, build_problem
-from harness.run.run_case import reference_inputs
+from harness.run.judge_gains import page_filter
+from harness.run.reference import reference_inputs
 from harness.run.setup import Setup, build_arguments
 from references.attention import AttentionInputs, AttentionReference, attend
 
-TIERS = ("T1", "L", "T2")
+TIERS = ("T1", "L", "T2", "hull")
 
 
 @dataclass(frozen=True)
@@ -51,18 +53,19 @@ def find_kernel(name: str) -> Kernel:
 
 @dataclass(frozen=True)
 class Judged:
-    """What the tiers say of one launch, each as a multiple of its threshold: above 1 is an alarm. None: not run."""
+    """What the tiers say of one launch, the first three as multiples of their thresholds. None: not run."""
 
     out: float  # tier 1, worst element
     lse: float | None  # tier L, worst row
     gain: float | None  # tier 2, worst |z|
     best: Gain | None  # what tier 2 calls the fault
+    outside: int  # elements outside the hull of the attended values
     violations: tuple[str, ...]  # exact invariants broken
 
     def caught(self) -> dict[str, bool]:
         """Which tiers would fail the case; NaN counts."""
-        values = zip(TIERS, (self.out, self.lse, self.gain), strict=True)
-        return {tier: value is not None and not value <= 1 for tier, value in values}
+        values = zip(TIERS, (self.out, self.lse, self.gain), strict=False)
+        return {tier: value is not None and not value <= 1 for tier, value in values} | {"hull": self.outside > 0}
 
     @property
     def alarm(self) -> bool:
@@ -111,17 +114,19 @@ class Staged:
             violations=violations,
         )
         ratios = {t.name: t.err_over_tol for t in findings.tensors}
-        gains = self._gains()
-        z = gains.z / Z_LIMIT if gains.num_statistics else None
-        return Judged(ratios["out"], ratios.get("lse"), z, gains.best, violations)
-
-    def _gains(self) -> GainFindings:
-        """Tier 2, which is off for structured data."""
-        if self.problem.structured:
-            return GainFindings()
-        cache, profile = self.setup.cache, self.kernel.contract.numerics
-        filters = PageFilter(profile, self.case.dtype, self.case.page_size, cache.pages, cache.cached_lens)
-        return find_gains(self.inputs, self.setup.outputs[0].tensor.double() * profile.out_scale, filters)
+        profile, dtype = self.kernel.contract.numerics, self.case.dtype
+        out = outputs[0].tensor.double() * profile.out_scale  # [num_tokens, num_q_heads, head_size_v]
+        gains = GainFindings()
+        if not self.problem.structured:  # whose roundings are not independent, as tier 2 takes them to be
+            gains = find_gains(self.inputs, out, page_filter(self.kernel.contract, self.setup))
+        return Judged(
+            out=ratios["out"],
+            lse=ratios.get("lse"),
+            gain=gains.z / Z_LIMIT if gains.num_statistics else None,
+            best=gains.best,
+            outside=judge_hull(self.inputs, out, profile, dtype).num_outside,
+            violations=violations,
+        )
 
 
 def stage(case: Case, kernel: Kernel, device: torch.device) -> Staged:

@@ -21,7 +21,7 @@ from harness.store.record import Header, Record
 from harness.store.run_log import RunLog, new_run_id, utc_now
 
 COVERAGE = "attnreg_coverage"
-_LETTERS = {Outcome.UNSUPPORTED: "u", Outcome.XFAIL: "x"}
+_LETTERS = {Outcome.UNSUPPORTED: "u", Outcome.XFAIL: "x", Outcome.ELEVATED: "e"}
 
 
 class Reporting:

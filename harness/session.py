@@ -152,7 +152,7 @@ class Session:
         """The options of this session, with what `matrix` demands."""
         from harness.run.observe import Demand
 
-        return replace(self.options, demand=Demand(matrix.must_see, matrix.margin))
+        return replace(self.options, demand=Demand(matrix.must_see, matrix.margin), noise_floor=matrix.noise_floor)
 
     @property
     def reproduce_options(self) -> dict[str, object]:

@@ -34,7 +34,7 @@ def verify_block_descale(problem: Problem, cache: KVCache) -> None:
     for seq, seq_len in enumerate(problem.case.rows.seq_lens):
         columns = -(-max(seq_len, 0) // page_size)
         page = cache.block_table[seq, :columns].to(torch.int64)  # verified to lie in the pool
-        offsets = page[:, None, None] * got.stride(0) + got.storage_offset() + inner  # [columns, heads, 2]
+        offsets = page[:, None, None] * got.stride(0) + int(got.storage_offset()) + inner  # [columns, heads, 2]
         untouched[offsets] = False
         wrong = (flat[offsets] != want[logical : logical + columns]).nonzero()
         if len(wrong):
@@ -50,7 +50,7 @@ def verify_block_descale(problem: Problem, cache: KVCache) -> None:
         logical += columns
     stray = (~flat.isnan() & untouched).nonzero()
     if len(stray):
-        page_id = (int(stray[0]) - got.storage_offset()) // got.stride(0)
+        page_id = (int(stray[0]) - int(got.storage_offset())) // got.stride(0)
         raise SetupBug(
             NAME,
             f"NaN in page {page_id} where no sequence has a descale",

@@ -18,7 +18,7 @@ from harness.matrix.axes import ALIASES, AXES, Number, Vocabulary, axis_name
 from harness.matrix.expand import check_tier
 from harness.matrix.expect import EXPECTABLE, Expectation
 from harness.matrix.expression import ExpressionError
-from harness.matrix.matrix import FAULTS, TIERS, Entry, Matrix, Rule, Tier, Values
+from harness.matrix.matrix import FAULTS, NOISE_FLOORS, TIERS, Entry, Matrix, Rule, Tier, Values
 from harness.matrix.rows import SHARED_ROWS, RowMix, parse_mixes
 from harness.matrix.source import (
     Mistake,
@@ -44,6 +44,7 @@ KEYS: Mapping[str, str] = {
     "must_see": "faults that every case must be able to see; a case that cannot is BLIND",
     "margin": "how many tolerances a fault of must_see has to move some output by; 8 unless given",
     "legacy_tolerance": "{atol, rtol} of another test suite: attnreg audit measures with it, runs do not",
+    "noise_floor": "report or fail: compare each case's error with that of its twin with one page per sequence",
     "tiers": "which cases run when",
     "expect": "known failures, each with a reason, a link and a date",
 }
@@ -111,6 +112,7 @@ class _Loader:
         must_see = tuple(self._must_see(entries))
         expectations = tuple(self._expectations(entries))
         margin, legacy_tolerance = self._margin(entries), self._legacy_tolerance(entries)
+        noise_floor = self._noise_floor(entries)
         self.source.finish()
         matrix = Matrix(
             self.path,
@@ -125,6 +127,7 @@ class _Loader:
             self.spans,
             margin,
             legacy_tolerance,
+            noise_floor,
         )
         noted: set[Span] = set()
         for tier in tiers.values():  # what is wrong in one place is wrong once, however many tiers meet it
@@ -244,6 +247,14 @@ class _Loader:
             if "margin" in entries:
                 margin = self._number(entries["margin"][1], "margin", Number(1, whole=False))
         return margin
+
+    def _noise_floor(self, entries: _Entries) -> str:
+        found = Matrix.noise_floor
+        with self.source.collect():
+            if "noise_floor" in entries:
+                node = entries["noise_floor"][1]
+                found = one_of(text(node, "noise_floor"), NOISE_FLOORS, "noise_floor", span_of(node))
+        return found
 
     def _legacy_tolerance(self, entries: _Entries) -> tuple[float, float] | None:
         if "legacy_tolerance" not in entries:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from harness.matrix.expand import Expansion
 
 TIERS = ("smoke", "ci", "nightly", "probe")
+NOISE_FLOORS = ("report", "fail")
 Values = Mapping[str, tuple[Any, ...]]  # {axis: values}; rows are RowMix, placements Placement, others plain
 Supported = Callable[[Case], str | None]  # the clause of the kernel's contract that rules the case out, or None
 
@@ -91,6 +92,7 @@ class Matrix:
     spans: Mapping[tuple[str, Any], Span]
     margin: float = 8.0  # tolerances by which the effect of a fault of must_see shows
     legacy_tolerance: tuple[float, float] | None = None  # atol, rtol of another suite; attnreg audit measures with it
+    noise_floor: str = "off"  # off, or one of NOISE_FLOORS: what an error elevated over that of a case's twin ends in
 
     @property
     def kernels(self) -> tuple[str, ...]:

@@ -48,18 +48,22 @@ def attended_range(inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]
     [num_tokens, num_kv_heads, head_size_v] each, in the dtype of v. Ranges of keys are covered by two overlapping runs
     of 2^level keys, whose extremes come from those of the level below.
     """
-    first, end = (x.to(inputs.v.device) for x in _key_ranges(inputs))
+    first, end = _key_ranges(inputs)
     extremes = torch.cat((inputs.v, -inputs.v), dim=2)  # [num_keys, heads, 2 dv]; level 0: runs of one key
     highest = inputs.v.new_zeros(len(first), *extremes.shape[1:])
     level_of = torch.floor(torch.log2((end - first).clamp(min=1).double())).long()  # exact below 2^50
-    for level in range(max(*inputs.seq_lens, 1).bit_length()):
-        run = 1 << level
-        rows = ((level_of == level) & (end > first)).nonzero()[:, 0]
-        if rows.numel():
-            highest[rows] = torch.maximum(extremes[first[rows]], extremes[end[rows] - run])
-        if len(extremes) <= run:
-            break
-        extremes = torch.maximum(extremes[:-run], extremes[run:])
+    level_of[end <= first] = -1
+    order = level_of.argsort()
+    counts = torch.bincount(level_of + 1).tolist()  # rows that see nothing, then of each level
+    index = torch.stack((order, first[order], end[order])).to(inputs.v.device)  # one transfer
+    start = counts[0]
+    for level, count in enumerate(counts[1:]):
+        if level:
+            extremes = torch.maximum(extremes[: -(1 << level - 1)], extremes[1 << level - 1 :])
+        rows, left, right = index[:, start : start + count]
+        if count:
+            highest[rows] = torch.maximum(extremes[left], extremes[right - (1 << level)])
+        start += count
     high, low = highest.tensor_split(2, dim=2)
     if inputs.sinks is not None:
         high, low = high.clamp(min=0), low.clamp(min=0)  # low is negated still

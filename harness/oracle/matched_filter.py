@@ -36,7 +36,7 @@ MAX_ROWS = 64  # sampled per sequence
 MAX_HEAD_ROWS = 256  # sampled rows times gqa_ratio
 MAX_GAINS = 16  # listed
 MIN_ENERGY = 1e-24  # of the signature of a row; less is a page that the row does not attend to
-_SMALL = 1 << 21  # elements up to which a batch may consist of padding; beyond, of one half at most
+_SMALL = {"cpu": 1 << 21, "cuda": 1 << 24}  # elements up to which a batch may consist of padding; beyond, of one half
 _ELEMENTS = 1 << 25  # of the largest temporary of a part of one sequence, where it has more than one row
 
 
@@ -103,6 +103,7 @@ def batches(inputs: AttentionInputs, page_size: int) -> Iterator[list[tuple[int,
         signatures, size = 2 * (-(-seq_len // page_size) + 1), inputs.v.shape[2]
         return num_rows * heads * max(signatures * size, seq_len * num_products(signatures, size))
 
+    small = _SMALL.get(inputs.q.device.type, 0)  # launches cost a GPU more than padding, a CPU less
     batch: list[tuple[int, tuple[int, ...]]] = []
     order = sorted(range(len(inputs.seq_lens)), key=lambda s: -inputs.seq_lens[s])
     longest = most_rows = own = 0
@@ -112,7 +113,7 @@ def batches(inputs: AttentionInputs, page_size: int) -> Iterator[list[tuple[int,
             continue
         longest, most_rows = max(longest, seq_len), max(most_rows, len(rows))
         own += elements(len(rows), seq_len)
-        if batch and (len(batch) + 1) * elements(most_rows, longest) > max(_SMALL, 2 * own):
+        if batch and (len(batch) + 1) * elements(most_rows, longest) > max(small, 2 * own):
             yield batch
             batch, longest, most_rows, own = [], seq_len, len(rows), elements(len(rows), seq_len)
         step = max(_ELEMENTS // elements(1, seq_len), 1)

@@ -99,18 +99,22 @@ def _ratio(faulty: torch.Tensor, right: torch.Tensor, allowed: torch.Tensor) -> 
     return torch.where(faulty == right, 0.0, (faulty - right).abs_().div_(allowed)).amax()
 
 
-def blind_to(*, kv_dtype: str, k_scale: float, v_scale: float, pages: Sequence[Sequence[int]]) -> tuple[Blindness, ...]:
+def blind_to(
+    *, kv_dtype: str, k_descale: torch.Tensor, v_descale: torch.Tensor, pages: Sequence[Sequence[int]]
+) -> tuple[Blindness, ...]:
     """Faults that no output of this set-up can show, whatever the matrix demands.
 
-    `pages` are the physical pages of each sequence, in order.
+    `k_descale` and `v_descale` broadcast against the packed keys: [1, 1, 1] or [num_keys, num_kv_heads, 1]; `pages` are
+    the physical pages of each sequence, in order.
     """
     found: list[Blindness] = []
     if kv_dtype != "auto":
-        for name, scale in (("k_descale", k_scale), ("v_descale", v_scale)):
-            if scale == 1.0:
-                found.append(Blindness(name, f"the {name[0].upper()} descale is 1: a kernel that ignores it passes"))
-        if k_scale == v_scale != 1.0:
-            found.append(Blindness("descales_exchanged", f"K and V descale are both {k_scale:g}"))
+        ones = [name for name, descale in (("k", k_descale), ("v", v_descale)) if bool((descale == 1).all())]
+        for name in ones:
+            because = f"the {name.upper()} descale is 1: a kernel that ignores it passes"
+            found.append(Blindness(f"{name}_descale", because))
+        if not ones and torch.equal(k_descale, v_descale):
+            found.append(Blindness("descales_exchanged", "K and V have the same descales"))
     in_order = [page for sequence in pages for page in sequence]
     if in_order and in_order == list(range(len(in_order))):
         found.append(

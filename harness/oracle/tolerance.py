@@ -126,6 +126,9 @@ def _output_error(
     cast = reference.cast_square.sqrt()  # C
     cast_bound, flushed = reference.cast_sum, reference.flush_sum
     spread = cast / finest  # >= sqrt(sum p^2 v^2)
+    if coarsest > finest:  # keys rounded differently: no more than max p |v| times sum p |v|
+        largest = reference.peak * reference.max_abs_v  # [num_tokens, num_q_heads]
+        spread = torch.minimum(spread, (largest[..., None] * reference.abs_pv).sqrt())
     if profile.sum_after_cast:  # sum A^2 (v - o)^2 <= (sqrt(sum A^2 v^2) + |o| sqrt(sum A^2))^2
         cast = cast + abs_out * reference.row_cast_square.sqrt()[..., None]
         cast_bound = cast_bound + abs_out * reference.row_cast_sum[..., None]
@@ -168,10 +171,12 @@ def _truncation(
     n = reference.num_visible[:, None, None]
     if product.accumulator_ulp:  # every product of an instruction is cut at the accumulator's exponent, four at a time
         keys = n if profile.promote_every is None else n.clamp(max=profile.promote_every)
-        steps = keys / product.depth * (product.depth / 4 + 1)
-        return steps * product.accumulator_ulp * reference.abs_pv
-    ulps = TRUNCATION * (n / product.depth) * (2 * U32)
-    return torch.minimum(ulps * (abs_out / 2 + SUB_GAUSSIAN * spread), ulps * reference.abs_pv)
+        ulps = keys / product.depth * (product.depth / 4 + 1) * product.accumulator_ulp
+        drift = abs_out  # products below the last bit are lost whole, so the loss grows faster than the sum
+    else:
+        ulps = TRUNCATION * (n / product.depth) * (2 * U32)
+        drift = abs_out / 2
+    return ulps * torch.minimum(drift + SUB_GAUSSIAN * spread, reference.abs_pv)
 
 
 def _logit_errors(
@@ -204,6 +209,7 @@ def _logit_errors(
         if q_product.accumulator_ulp:
             cut = steps * (q_product.depth / 4 + 1) * q_product.accumulator_ulp
             bound += cut * reference.logit_bound
+            cut /= 2  # a truncation loses half a unit on average
         else:
             cut = TRUNCATION * steps * U32
         square += (HOEFFDING * cut) ** 2 * (products.square() + largest.square())

@@ -31,6 +31,7 @@ WORDS: dict[Outcome, tuple[str, str]] = {  # outcome -> (one, many), in the orde
     Outcome.ERROR: ("harness error", "harness errors"),
     Outcome.XPASS: ("against expectation", "against expectation"),
     Outcome.PASS: ("passed", "passed"),
+    Outcome.ELEVATED: ("elevated over its twin", "elevated over their twins"),
     Outcome.XFAIL: ("failed as expected", "failed as expected"),
     Outcome.UNSUPPORTED: ("unsupported", "unsupported"),
     Outcome.BLIND: ("blind", "blind"),
@@ -73,6 +74,10 @@ def failures_lines(records: Sequence[Record], max_blocks: int = MAX_BLOCKS, widt
     for group in groups[:max_blocks]:
         lines += [*failure_lines(group.example, width), *_alike(group, width), line("")]
     left = [record for group in groups[max_blocks:] for record in group.records]
+    warnings = [record for record in records if record.outcome is Outcome.ELEVATED]
+    for record in warnings[:max_blocks]:
+        lines += [*failure_lines(record, width), line("")]
+    left += warnings[max_blocks:]
     if left:
         lines += [*(one_line(record) for record in left), line("")]
     return lines

@@ -5,14 +5,14 @@ Invariant: effects come from what a right kernel sees, before anything is launch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from harness.case import Case
-from harness.errors import LawError, PlacementError
+from harness.errors import LawError
 from harness.kernel.contract import Contract
 from harness.matrix.matrix import FAULTS
 from harness.oracle.faults import FAULT_MODELS
@@ -128,22 +128,37 @@ def explain_unseen(
 ) -> dict[str, Any]:
     """Explanation of BLIND: the effect of each fault that is not seen, why, and what would show it."""
     sizes = {_named(effect): effect.size or 0.0 for effect in found.unseen}
-    return explain_blind(sizes, found.facts, advice(found, contract, demand, device))
+    return explain_blind(sizes, found.facts, advise(found, cheapest_laws(found, contract, demand, device)))
 
 
-def advice(found: Observation, contract: Contract, demand: Demand, device: torch.device | str) -> str:
-    """The cheapest law that shows what `found` does not; else the laws that share it out, and axes for the rest."""
-    only = replace(demand, must_see=tuple(effect.fault for effect in found.unseen))
-    try:
-        choice = choose_law(found.case, contract, only, device)
-    except (LawError, PlacementError) as error:
-        return str(error)
-    if not choice.taken.unseen:
-        return f"data: {choice.taken.case.data}"
-    shows = {law: [f for f in only.must_see if f not in missed] for law, missed in choice.missed.items()}
-    laws = [f"data: {law} for {', '.join(faults)}" for law, faults in shows.items() if faults]
-    hidden = [fault for fault in only.must_see if not any(fault in faults for faults in shows.values())]
-    return "; ".join(laws + [f"for {fault} {FAULT_MODELS[fault].advice}" for fault in hidden])
+def cheapest_laws(found: Observation, contract: Contract, demand: Demand, device: torch.device | str) -> dict[str, str]:
+    """{fault: the cheapest law that shows it} for what `found` does not; faults that no law shows are left out."""
+    shown: dict[str, str] = {}
+    left = tuple(effect.fault for effect in found.unseen)
+    for law in LAWS:
+        candidate = replace(found.case, data=law)
+        if not left or law == found.case.data or law_refusal(candidate) is not None:
+            continue
+        try:
+            there = observe_case(candidate, contract, replace(demand, must_see=left), device)
+        except LawError:
+            continue  # a law that cannot be drawn shows nothing
+        still = tuple(effect.fault for effect in there.unseen)
+        shown |= {fault: law for fault in left if fault not in still}
+        left = still
+    return shown
+
+
+def advise(found: Observation, laws: Mapping[str, str]) -> str:
+    """What would show the faults that `found` does not: laws where `laws` knows one, else values of other axes."""
+    by_law: dict[str, list[str]] = {}
+    by_axis: dict[str, list[str]] = {}
+    for fault in (effect.fault for effect in found.unseen):
+        if fault in laws:
+            by_law.setdefault(f"data: {laws[fault]}", []).append(fault)
+        else:
+            by_axis.setdefault(FAULT_MODELS[fault].advice, []).append(fault)
+    return "; ".join(f"{what} for {', '.join(faults)}" for what, faults in (by_law | by_axis).items())
 
 
 def _named(effect: Effect) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from harness.cache.effective import effective_kv
 from harness.case import Case
 from harness.errors import KernelNotFound, KernelRaised, LawError, PlacementError, SetupBug, first_line
 from harness.interpreter import prepare
@@ -31,7 +32,9 @@ from harness.run.outcome import Outcome, Verdict
 from harness.run.plant import NO_PLANT, Plant
 from harness.run.reference import build_reference
 from harness.run.setup import Setup, build_arguments, check_setup
-from harness.triage.explain import explain_mismatch, explain_setup_bug
+from harness.run.twin import with_noise_floor
+from harness.triage.bar_codes import decode_bar_codes
+from harness.triage.explain import explain_mismatch, explain_setup_bug, with_row
 from references.attention import AttentionReference
 
 
@@ -45,6 +48,7 @@ class Options:
     data_seed: int | None = None  # overrides the seeds of the case
     geometry_seed: int | None = None
     demand: Demand = NO_DEMAND  # what the matrix demands to be seen
+    noise_floor: str = "off"  # off | report | fail: whether errors are compared with those of a case's twin
 
 
 @dataclass
@@ -122,7 +126,10 @@ def _blindness(setup: Setup) -> str | None:
     """Why this set-up could not show some fault, or None."""
     problem, cache = setup.problem, setup.cache
     found = blind_to(
-        kv_dtype=problem.case.kv_dtype, k_scale=problem.k_scale, v_scale=problem.v_scale, pages=cache.pages
+        kv_dtype=problem.case.kv_dtype,
+        k_descale=problem.descale("k"),
+        v_descale=problem.descale("v"),
+        pages=cache.pages,
     )
     return "; ".join(f"cannot see {b.fault}: {b.because}" for b in found) or None
 
@@ -145,7 +152,12 @@ def _launched(contract: Contract, setup: Setup, options: Options, watch: Stopwat
         with watch.phase("launch"):
             result = launch(contract, case, launcher, setup.args, setup.outputs, program_order_seed=case.geometry_seed)
         with watch.phase("judge"):
-            return _verdict(contract, setup, reference, allowed, result)
+            verdict = _verdict(contract, setup, reference, allowed, result)
+        if options.noise_floor == "off" or verdict.outcome is not Outcome.PASS:
+            return verdict
+        with watch.phase("twin"):
+            fail = options.noise_floor == "fail"
+            return with_noise_floor(verdict, contract, setup, reference, allowed, launcher, fail=fail)
     except KernelNotFound as error:
         return Verdict(Outcome.ERROR, str(error))
     except KernelRaised as error:
@@ -178,6 +190,10 @@ def _verdict(
     if findings.clean:
         return replace(verdict, tighter_err_over_tol=_tighter(contract, setup, reference))
     explanation = explain_mismatch(case, findings)
+    if case.data == "bar_codes":
+        _, values = effective_kv(setup.problem, setup.cache, contract.content)
+        read = decode_bar_codes(out.tensor.double() * allowed.out_scale, setup.problem, values)
+        explanation = with_row(explanation, "attended", *read) if read else explanation
     return replace(verdict, outcome=Outcome.FAIL, reason=explanation["summary"], explanation=explanation)
 
 

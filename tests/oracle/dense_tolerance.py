@@ -44,8 +44,8 @@ def dense_tolerance(
     types = [element_type(profile.p_type(q_dtype, place)) for place in (True, False)]
     tf32 = profile.in32 if q_dtype == "fp32" and profile.in32 != "exact" else None
     us = [TF32[tf32] if tf32 and t.name == "fp32" else t.unit_roundoff for t in types]
-    u_p = torch.where(old, *(torch.tensor(u, dtype=torch.float64) for u in us))
-    eta = torch.where(old, *(torch.tensor(t.half_subnormal / profile.p_scale, dtype=torch.float64) for t in types))
+    u_p = torch.where(old, us[0], us[1]).double()
+    eta = torch.where(old, types[0].half_subnormal, types[1].half_subnormal).double() / profile.p_scale
     if inputs.weight_scale is not None:
         eta = eta / inputs.weight_scale[:, 0].double()
     eta = eta / length  # [rows, n]
@@ -74,7 +74,7 @@ def dense_tolerance(
     q_types = [element_type(profile.q_type(q_dtype, place)) for place in (True, False)]
     if profile.mma != "simt" and any(t.size == 1 for t in q_types) and profile.mma == "wgmma":
         cut = d / 32 * 9 * 2.0**-13
-        b, b2 = b + cut * products, b2 + 3 * cut**2 * (squares + finite**2)
+        b, b2 = b + cut * products, b2 + 3 * (cut / 2) ** 2 * (squares + finite**2)
     elif profile.mma != "simt" and (q_types[1].size == 2 or tf32):
         cut = 2.5 * d / (8 if tf32 else 16) * U
         b2 = b2 + 3 * cut**2 * (squares + finite**2)
@@ -90,7 +90,8 @@ def dense_tolerance(
         if profile.mma == "simt" or depth is None:
             continue
         if t.size == 1 and profile.mma == "wgmma":
-            one = seen.clamp(max=profile.promote_every or math.inf) / 32 * 9 * 2.0**-13 * (p @ size)
+            ulps = seen.clamp(max=profile.promote_every or math.inf) / 32 * 9 * 2.0**-13
+            one = torch.minimum(ulps * (o.abs() + LAMBDA * (alike * spread).sqrt()), ulps * (p @ size))
         else:
             ulps = 2.5 * seen / depth * 2.0**-23
             one = torch.minimum(ulps * (o.abs() / 2 + LAMBDA * (alike * spread).sqrt()), ulps * (p @ size))

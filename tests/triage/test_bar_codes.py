@@ -13,7 +13,12 @@ from harness.cache.content import Content
 from harness.cache.effective import effective_kv
 from harness.case import Case, Rows
 from harness.dtypes import element_type
+from harness.kernel.arguments import LaunchArguments
+from harness.kernel.registry import find_kernels
 from harness.problem.problem import Problem, build_problem
+from harness.run.outcome import Outcome
+from harness.run.plant import NO_PLANT
+from harness.run.run_case import Options, run_case
 from harness.triage.bar_codes import MAX_STATEMENTS, decode_bar_codes
 
 CASE = Case("m", "k", Rows("r", (5, 1, 7), (40, 100, 20)), num_q_heads=4, gqa_ratio=2, head_size=64, data="bar_codes")
@@ -140,3 +145,18 @@ def test_what_cannot_be_read_is_said_so() -> None:
     assert statements[-1].startswith("and ")
     with pytest.raises(ValueError, match="the data law is 'normal', not 'bar_codes'"):
         decode_bar_codes(out, build_problem(replace(CASE, data="normal"), "cpu"), values)
+
+
+def test_a_failure_says_which_pages_were_attended() -> None:
+    def misread(args: LaunchArguments) -> LaunchArguments:
+        table = args.block_table.clone()
+        table[1, 3] = table[1, 4]
+        return replace(args, block_table=table)
+
+    options = Options(device="cpu", plant=replace(NO_PLANT, arguments=misread))
+    verdict = run_case(CASE, find_kernels()["torch_sdpa_paged"], options)
+    assert verdict.outcome is Outcome.FAIL
+    assert verdict.explanation is not None
+    assert verdict.explanation["rows"]["attended"] == [
+        "sequence 1, position 100, heads all 4: page 3 attended 0 times, page 4 attended twice"
+    ]
