@@ -24,7 +24,7 @@ from harness.oracle.finer import finer_tolerance
 from harness.oracle.judge import judge
 from harness.oracle.observability import blind_to
 from harness.oracle.tolerance import Tolerance, tolerance
-from harness.problem.admission import AUTO
+from harness.problem.admission import AUTO, NEEDLES
 from harness.problem.problem import build_problem
 from harness.run.judge_gains import with_gains
 from harness.run.observe import NO_DEMAND, Demand, choose_law, explain_unseen, observe_setup
@@ -176,6 +176,7 @@ def _verdict(
         allowed,
         unwritten=tuple(output.unwritten() for output in setup.outputs),
         violations=result.violations,
+        exact=case.data in NEEDLES,
     )
     findings = with_gains(findings, contract, setup)
     tensors = {t.name: t.err_over_tol for t in findings.tensors}
