@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from harness.cache.content import Content
 from harness.kernel.contract import FEATURES, Contract
 from harness.kernel.numerics import NumericsProfile
@@ -30,4 +32,10 @@ KERNELS = (
     _toy("overrun", "writes behind its output"),
     _toy("raising", "raises"),
     _toy("exiting", "ends the process"),
+    replace(
+        _toy("honest", "right, and declared to round P to bfloat16, which it does not"),
+        name="toy_loose",
+        launches=(),
+        numerics=NumericsProfile(kv_dequant="exact", p_dtype="bf16", mma="simt"),
+    ),
 )
