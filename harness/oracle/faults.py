@@ -219,7 +219,7 @@ def _split_weight(tile: int) -> Change:
             return None  # no row has keys in two splits
         part = torch.arange(scene.seq_len, device=scene.q.device) // owned  # [keys]
         p, _ = scene.rows.weights
-        one_hot = torch.nn.functional.one_hot(part).double()  # [keys, parts]
+        one_hot = torch.nn.functional.one_hot(part, -(-scene.seq_len // owned)).double()  # [keys, parts]
         mass = p @ one_hot  # [heads, rows, parts]
         parts = (scene.rows.seen.double() @ one_hot > 0).sum(-1)[..., None]  # [rows, 1] with keys
         share = mass.sum(-1, keepdim=True) / parts.clamp(min=1) / mass.clamp(min=torch.finfo(mass.dtype).tiny)

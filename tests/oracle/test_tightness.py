@@ -32,6 +32,8 @@ def records(errors: list[float], finer: float | None = 2.0, **changes: object) -
         ([0.05] * 7 + [0.4], 1.5, "ok", False),
         ([0.05] * 7 + [0.4], None, "ok", False),
         ([0.05] * 7 + [0.09], 3.0, "too loose", True),
+        ([0.05] * 7 + [0.09], None, "ok", False),  # P in float32
+        ([0.04] * 8, None, "too loose", True),
         ([0.4] * 8, 0.9, "unproven", True),
         ([0.05] * 7, 3.0, "too loose", False),  # too few to hold it against the profile
     ],
