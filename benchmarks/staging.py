@@ -95,6 +95,7 @@ class Staged:
         """Launch on `args` (the arguments of this case or a fault of them): the violations."""
         result = launch(
             self.kernel.contract,
+            self.case,
             self.kernel.launcher,
             args,
             self.setup.outputs,
