@@ -56,7 +56,6 @@ class Case:
     rows: Rows
     dtype: str = "fp16"  # fp32 | fp16 | bf16: q, new k and v, out
     kv_dtype: str = "auto"  # auto (= dtype) | fp8_e4m3 | fp8_e5m2
-    descales: str = "per_tensor"  # per_tensor | quiet, loud (per page and KV head) | one: all 1
     num_q_heads: int = 8
     gqa_ratio: int = 1
     head_size: int = 128
@@ -73,7 +72,6 @@ class Case:
     alibi: bool = False
     sinks: bool = False
     num_splits: int | None = None  # None: the kernel's own path without split-KV
-    scale_factor: float = 1.125  # of the softmax scale, in 1/sqrt(head_size): not 1, so that a built-in scale shows
     placement: Placement = Placement()
     data: str = "normal"
     geometry_seed: int = 0
@@ -92,8 +90,3 @@ class Case:
     def stored_dtype(self) -> str:
         """Name of the dtype the cache stores."""
         return self.dtype if self.kv_dtype == "auto" else self.kv_dtype
-
-    @property
-    def descales_per_page(self) -> bool:
-        """Whether every page and KV head has descales of its own, in one more argument of the kernel."""
-        return self.descales in ("quiet", "loud")

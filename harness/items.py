@@ -21,7 +21,6 @@ from harness.session import SELECTED, SESSION, Session
 if TYPE_CHECKING:
     from harness.case import Case
     from harness.matrix.expect import Expectation
-    from harness.matrix.matrix import Matrix
     from harness.run.outcome import Verdict
     from harness.store.record import Record
 
@@ -64,9 +63,7 @@ class MatrixFile(pytest.File):
         for one, line in zip(found, expansion.lines, strict=True):
             if one is not None:
                 case, expectation = one
-                yield MatrixItem.from_parent(
-                    self, name=case_id(case), case=case, line=line, expectation=expectation, matrix=matrix
-                )
+                yield MatrixItem.from_parent(self, name=case_id(case), case=case, line=line, expectation=expectation)
             else:
                 session.num_deselected += 1
                 session.coverage[matrix.name] = SELECTED
@@ -75,11 +72,9 @@ class MatrixFile(pytest.File):
 class MatrixItem(pytest.Item):
     """One case on one kernel."""
 
-    def __init__(
-        self, *, case: Case, line: int, expectation: Expectation | None, matrix: Matrix, **kwargs: Any
-    ) -> None:
+    def __init__(self, *, case: Case, line: int, expectation: Expectation | None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.case, self.line, self.expectation, self.matrix = case, line, expectation, matrix
+        self.case, self.line, self.expectation = case, line, expectation
         self.record: Record | None = None
 
     @property
@@ -103,7 +98,7 @@ class MatrixItem(pytest.Item):
 
         facts = self.facts
         try:
-            verdict = run_case(self.case, facts.kernels[self.case.kernel], facts.options_for(self.matrix))
+            verdict = run_case(self.case, facts.kernels[self.case.kernel], facts.options)
         except Exception as error:  # noqa: BLE001  the harness is at fault: recorded as ERROR, with its trace
             return Verdict(Outcome.ERROR, f"{type(error).__name__}: {error}", explanation=explain_error(error))
         if self.expectation is None:

@@ -21,7 +21,6 @@ FEATURES: dict[str, str] = {
     "alibi": "ALiBi slopes",
     "sinks": "attention sinks (one virtual logit per head)",
     "split_kv": "the split-KV path (num_splits)",
-    "softmax_scale": "a softmax scale other than 1/sqrt(head_size) (scale_factor)",
     "head_size_v": "a V head size that differs from K's",
     "prefill": "rows with query_len > 1",
     "strided_cache": "non-contiguous views of the cache",
@@ -41,7 +40,6 @@ class Contract:
     features: frozenset[str]
     dtypes: frozenset[str] = frozenset({"fp32", "fp16", "bf16"})
     kv_dtypes: frozenset[str] = frozenset({"auto", "fp8_e4m3", "fp8_e5m2"})
-    descales: frozenset[str] = frozenset({"per_tensor", "one"})  # quiet, loud: it reads kv_block_descale
     layouts: frozenset[str] = frozenset({"linear_nhd", "vllm_classic"})
     page_tables: frozenset[str] = frozenset({"block_table"})
     page_sizes: frozenset[int] | None = None  # None: any
@@ -71,7 +69,6 @@ class Contract:
         for axis, value, admitted in (
             ("dtype", case.dtype, self.dtypes),
             ("kv_dtype", case.kv_dtype, self.kv_dtypes),
-            ("descales", case.descales, self.descales),
             ("layout", case.layout, self.layouts),
             ("page_table", case.page_table, self.page_tables),
             ("page_size", case.page_size, self.page_sizes),
@@ -97,7 +94,6 @@ def required_features(case: Case) -> frozenset[str]:
         "alibi": case.alibi,
         "sinks": case.sinks,
         "split_kv": case.num_splits is not None,
-        "softmax_scale": case.scale_factor != 1.0,
         "head_size_v": case.value_size != case.head_size,
         "prefill": any(q > 1 for q in case.rows.query_lens),
         "strided_cache": case.strides != "compact",

@@ -7,7 +7,7 @@ from harness.kernel.contract import Contract
 from harness.kernel.numerics import NumericsProfile
 
 _FEATURES = frozenset({
-    "sliding_window", "noncausal", "logits_soft_cap", "alibi", "sinks", "softmax_scale", "head_size_v", "prefill",
+    "sliding_window", "noncausal", "logits_soft_cap", "alibi", "sinks", "head_size_v", "prefill",
     "strided_cache", "strided_inputs", "queries_before_keys",
 })  # fmt: skip
 
@@ -18,7 +18,6 @@ KERNELS: tuple[Contract, ...] = (
         entry="torch_sdpa_paged.py:launch",
         content=Content.ALL,
         features=_FEATURES,
-        descales=frozenset({"per_tensor", "one", "quiet", "loud"}),
         returns_lse=False,  # the public function returns none
         numerics=NumericsProfile(kv_dequant="round_to_q", p_dtype="fp32", mma="simt"),
     ),

@@ -15,7 +15,7 @@ def _toy(name: str, about: str) -> Contract:
         about=about,
         entry=f"toy.py:{name}",
         content=Content.ALL,
-        features=frozenset({"prefill", "strided_cache", "softmax_scale"}) & FEATURES.keys(),
+        features=frozenset({"prefill", "strided_cache"}) & FEATURES.keys(),
         dtypes=frozenset({"fp32"}),
         layouts=frozenset({"linear_nhd"}),
         returns_lse=False,
@@ -35,10 +35,4 @@ KERNELS = (
     _toy("skipping", "asks to be skipped"),
     _toy("quitting", "exits"),
     replace(_toy("broken", "does not exist"), entry="no_such_file.py:launch"),
-    replace(
-        _toy("honest", "right, and declared to round P to bfloat16, which it does not"),
-        name="toy_loose",
-        launches=(),
-        numerics=NumericsProfile(kv_dequant="exact", p_dtype="bf16", mma="simt"),
-    ),
 )
