@@ -72,6 +72,7 @@ class Case:
     alibi: bool = False
     sinks: bool = False
     num_splits: int | None = None  # None: the kernel's own path without split-KV
+    scale_factor: float = 1.125  # of the softmax scale, in 1/sqrt(head_size): not 1, so that a built-in scale shows
     placement: Placement = Placement()
     data: str = "normal"
     geometry_seed: int = 0

@@ -6,6 +6,7 @@ is never touched.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -41,6 +42,8 @@ def strict_interpreter(
     Raises InterpreterUnsupported (triton missing, or a version this is not proved on), InterpreterNotReady (triton was
     imported without `prepare("cpu")`), NestedSession (a session is open), ValueError (`outputs` names no buffer).
     """
+    if importlib.util.find_spec("triton") is None:
+        raise InterpreterUnsupported("triton is not installed: pip install triton")
     prepare("cpu")
     import triton
 

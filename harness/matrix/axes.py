@@ -246,6 +246,7 @@ AXES: Mapping[str, Axis] = {
         _axis("alibi", Flag(), "alibi", "bias of slope * (key position - query position)"),
         _axis("sinks", Flag(), "sinks", "one more logit per head in the softmax denominator"),
         _axis("num_splits", Number(1, optional=True), "splits", "split-KV parts; none: the path without split-KV"),
+        _axis("scale_factor", Number(0, whole=False, exclusive=True), "scale", "softmax scale times sqrt(head_size)"),
         _axis("placement", PlacementValue(), "", "which physical pages a sequence gets"),
         _axis("rows", RowsValue(), "", "the batch: a row mix, by name or in place"),
         _axis("data", Choice(DATA_LAWS, "data law"), "", "how q, k and v are drawn"),

@@ -41,7 +41,7 @@ KEYS: Mapping[str, str] = {
     "axes": "axes with several values; the first is the plain one, which list entries get",
     "row_mixes": "batches by name, for the axis 'rows'; more are shared in rows.yaml",
     "constraints": "conditions that every case meets",
-    "must_see": "faults that every case must be able to see; a case that cannot is BLIND",
+    "must_see": "the faults this sweep is for",
     "tiers": "which cases run when",
     "expect": "known failures, each with a reason, a link and a date",
 }

@@ -15,6 +15,8 @@ from harness.oracle.findings import Findings, TensorFindings, Worst
 from harness.oracle.tolerance import Tolerance
 from references.attention import AttentionReference
 
+NOTHING = 1e-300  # a tolerance that only an exact output keeps, without dividing 0 by 0
+
 
 def judge(
     out: torch.Tensor,
@@ -24,15 +26,22 @@ def judge(
     *,
     unwritten: Sequence[torch.Tensor] = (),
     violations: Sequence[str] = (),
+    exact: bool = False,
 ) -> Findings:
     """Findings on `out` [num_tokens, num_q_heads, head_size_v] and, where given, `lse` [num_tokens, num_q_heads].
 
     `unwritten` are bool masks of the shapes of out and lse: elements that still hold what they were handed out with.
+    `exact` leaves `out` no tolerance at all: it must be the reference rounded once (needles: one V row, whatever the
+    kernel's roundings).
     Everything happens on the device of the outputs; masks move to the CPU only if something mismatches.
     """
     masks: list[torch.Tensor | None] = [*unwritten, None, None]
     want = reference.out.clamp(-tolerance.largest, tolerance.largest)
-    tensors = [_compare("out", out, tolerance.out_scale, want, tolerance.out, masks[0])]
+    allowed = tolerance.out
+    if exact:
+        want = (want / tolerance.out_scale).to(out.dtype).double() * tolerance.out_scale
+        allowed = torch.full_like(want, NOTHING)
+    tensors = [_compare("out", out, tolerance.out_scale, want, allowed, masks[0])]
     if lse is not None:
         tensors.append(_compare("lse", lse, tolerance.lse_unit, reference.lse, tolerance.lse, masks[1]))
     return Findings(tuple(tensors), tuple(violations))

@@ -72,9 +72,9 @@ def draw_sinks(case: Case, slopes: Sequence[float] | None, device: torch.device 
         near = typical_len if slopes is None else min(typical_len, 1.0 / slopes[head])  # keys ALiBi leaves in sight
         lse = math.log(max(near, 1.0)) + 0.5
         if case.data == "probe":
-            lse = probe_score(typical_len)
+            lse = probe_score(typical_len) * case.scale_factor
         if case.data == "negative":
-            lse += NEGATIVE_MEAN
+            lse += NEGATIVE_MEAN * case.scale_factor
         if case.data == "needle":
             lse = 0.0
         if case.logits_soft_cap is not None and case.data in ("probe", "negative"):

@@ -56,7 +56,7 @@ def build_problem(case: Case, device: torch.device | str) -> Problem:
     if reason := placement_refusal(case):
         raise PlacementError(reason)
     slopes = alibi_slopes(case.num_q_heads) if case.alibi else None
-    softmax_scale = 1.0 / math.sqrt(case.head_size)
+    softmax_scale = case.scale_factor / math.sqrt(case.head_size)
     sinks = draw_sinks(case, slopes, device) if case.sinks else None
     k, v = _share_prefix(case, draw_keys(case, device)), _share_prefix(case, draw_values(case, device))
     if case.data == "needle":

@@ -166,6 +166,7 @@ def _verdict(contract: Contract, setup: Setup, reference: AttentionReference, re
         allowed,
         unwritten=tuple(output.unwritten() for output in setup.outputs),
         violations=result.violations,
+        exact=case.data == "needle",
     )
     tensors = {t.name: t.err_over_tol for t in findings.tensors}
     verdict = Verdict(

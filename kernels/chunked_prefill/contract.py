@@ -11,7 +11,7 @@ _PREFILL = NumericsProfile(kv_dequant="round_to_q", p_dtype="q", sum_after_cast=
 _DECODE = NumericsProfile(kv_dequant="round_to_q", p_dtype="q", sum_after_cast=False, out_dtype="q", mma="mma_sync")
 
 _COMMON = frozenset({
-    "sliding_window", "noncausal", "logits_soft_cap", "alibi", "sinks", "head_size_v",
+    "sliding_window", "noncausal", "logits_soft_cap", "alibi", "sinks", "softmax_scale", "head_size_v",
     "strided_cache", "strided_inputs", "queries_before_keys",
 })  # fmt: skip
 _PREFILL_TOO = _COMMON | {"prefill"}

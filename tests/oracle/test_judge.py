@@ -222,3 +222,19 @@ def test_shapes_must_agree() -> None:
     out, _ = run_emulated(inputs, PROFILE, "fp16")
     with pytest.raises(ValueError, match="out: has shape"):
         judged(inputs, out[:-1], None, PROFILE, "fp16")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_exactly_the_rounded_reference_or_nothing(dtype: str) -> None:
+    """For needles: an output one ulp off passes within its tolerance, and must not."""
+    profile = NumericsProfile(p_dtype="fp32", mma="simt")
+    inputs = make_case(lengths=((3, 5), (1, 2)))
+    reference = attend(inputs, rounding_of(profile, dtype))
+    allowed = tolerance(reference, profile, dtype, inputs.q.shape[2])
+    right = reference.out.to(element_type(dtype).torch)
+    assert judge(right, None, reference, allowed, exact=True).err_over_tol == 0
+    bits = right.view(torch.int32 if dtype == "fp32" else torch.int16).clone()
+    bits[0, 0, 0] += 1
+    off = bits.view(right.dtype)
+    found = judge(off, None, reference, allowed, exact=True).tensors[0]
+    assert (found.num_mismatched, found.worst is not None and found.worst.ratio > 1) == (1, True)

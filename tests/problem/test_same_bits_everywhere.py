@@ -12,7 +12,7 @@ from harness.problem.admission import LAWS
 from harness.problem.problem import build_problem
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-DIGEST = "08981fe69e921023298f00cd7a2ce4a471c16af498b48ed6e49ca06a37a6807e"
+DIGEST = "e3ef44e2cfeac9c3c59bbde4bacbaaa0c12d1639c5a17b2c216a81a9f40d2af3"
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -15,7 +15,7 @@ def _toy(name: str, about: str) -> Contract:
         about=about,
         entry=f"toy.py:{name}",
         content=Content.ALL,
-        features=frozenset({"prefill", "strided_cache"}) & FEATURES.keys(),
+        features=frozenset({"prefill", "strided_cache", "softmax_scale"}) & FEATURES.keys(),
         dtypes=frozenset({"fp32"}),
         layouts=frozenset({"linear_nhd"}),
         returns_lse=False,
