@@ -37,6 +37,11 @@ class Reporting:
         if report.failed and report.nodeid.endswith((".yaml", ".yml")):
             self._open_log()
 
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        """From the first case on this is the latest run, even if it ends before that case has a record."""
+        if nodeid.partition("::")[0].endswith((".yaml", ".yml")):
+            self._open_log()
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         record = self._record_of(report)
         if record is None:
@@ -113,7 +118,10 @@ class Reporting:
 
     def _open_log(self) -> RunLog:
         if self.log is None:
-            self.log = RunLog(self.session.reports, self._header())
+            try:
+                self.log = RunLog(self.session.reports, self._header())
+            except OSError as error:
+                pytest.exit(f"--reports: cannot write to {self.session.reports}: {error.strerror}", returncode=4)
         return self.log
 
     def _shown(self, path: Path) -> Path:

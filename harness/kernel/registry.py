@@ -50,9 +50,13 @@ def _contracts(folders: Iterable[Path]) -> Iterable[Contract]:
         if not families and folder != IN_TREE:  # absent where attnreg was installed without its checkout
             raise KernelNotFound(f"{folder}: no kernels here (expected {folder.name}/<family>/contract.py)")
         for family in families:
-            module = importlib.import_module(f"{_package(folder)}.{family.name}.contract")
-            for contract in module.KERNELS:
-                yield replace(contract, folder=family)
+            try:
+                module = importlib.import_module(f"{_package(folder)}.{family.name}.contract")
+                contracts = [replace(contract, folder=family) for contract in module.KERNELS]
+            except Exception as error:  # a contract is code: whatever is wrong in it is one message
+                what = f"{type(error).__name__}: {error}"
+                raise KernelNotFound(f"{family / 'contract.py'}: no KERNELS to be had: {what}") from error
+            yield from contracts
     for point in entry_points(group=ENTRY_POINT_GROUP):
         yield from point.load()
 

@@ -123,10 +123,10 @@ def _launched(contract: Contract, setup: Setup, watch: Stopwatch) -> Verdict:
     try:
         with watch.phase("import"):
             launcher = load_entry(contract)
+        with watch.phase("reference"):  # before the launch: a kernel that changes its inputs must not move it
+            reference = build_reference(setup.problem, setup.cache, contract)
         with watch.phase("launch"):
             result = launch(contract, case, launcher, setup.args, setup.outputs, program_order_seed=case.geometry_seed)
-        with watch.phase("reference"):
-            reference = build_reference(setup.problem, setup.cache, contract)
         with watch.phase("judge"):
             return _verdict(contract, setup, reference, result)
     except KernelNotFound as error:

@@ -119,7 +119,9 @@ def _summary(findings: Findings, rows: Mapping[str, Sequence[str]]) -> str:
     first = next((rows[label][0] for label in ("wrong", "lse", "violates") if label in rows), "")
     label = "lse: " if "wrong" not in rows and "lse" in rows else ""
     worst = f", worst {_ratio(findings.err_over_tol)}" if any(t.num_mismatched for t in findings.tensors) else ""
-    return label + first + worst
+    broken = rows.get("violates", ())
+    also = f"{broken[0]}; " if broken and first != broken[0] else ""
+    return also + label + first + worst
 
 
 def _where(case: Case, pattern: Pattern) -> list[str]:

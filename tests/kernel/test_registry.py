@@ -67,6 +67,10 @@ def test_mistakes_are_one_clear_message(tmp_path: Path) -> None:
         load_entry(kernels["mine"])
     with pytest.raises(KernelNotFound, match="Did you mean 'unified_paged'"):
         get(kernels, "unified_pagd")
+    broken = family(tmp_path / "broken")
+    (broken / "family" / "contract.py").write_text("KERNELS = 1 +\n")
+    with pytest.raises(KernelNotFound, match=r"broken/family/contract\.py: no KERNELS to be had: SyntaxError"):
+        find_kernels([broken])
     kernels = find_kernels([family(tmp_path / "function", entry="code.py:lunch")])
     with pytest.raises(KernelNotFound, match="is not a function"):
         load_entry(kernels["mine"])

@@ -94,7 +94,7 @@ def test_an_honest_kernel_is_green_and_quiet(toys: Toys) -> None:
         ("toy_zeros", "*128 of 128 elements = 4 tokens x 4 heads x 8 dims*"),
         ("toy_silent", "*unwritten*"),
         ("toy_forgetful", "*worst * tolerance*"),
-        ("toy_greedy", "*q was written by the kernel*"),
+        ("toy_greedy", "*q was written by the kernel"),
         ("toy_overrun", "*1 elements behind or between the rows of out were written*"),
         ("toy_raising", "*the kernel raised RuntimeError: no such instruction*"),
         ("toy_skipping", "*the kernel raised Skipped*"),
@@ -244,3 +244,23 @@ def test_a_case_that_takes_its_worker_down_costs_no_other_case(toys: Toys) -> No
     assert toys.outcomes == {"toy_honest": {Outcome.PASS}, "toy_exiting": {Outcome.CRASH}}
     assert len(toys.records) == 4
     result.stdout.fnmatch_lines(["CRASH*toys-toy_exiting-*"])
+
+
+def test_a_kernel_that_changes_its_input_is_not_called_wrong_for_it(toys: Toys) -> None:
+    toys.run("toy_greedy")
+    assert {record.reason for record in toys.records} == {"q was written by the kernel"}
+
+
+def test_a_run_that_dies_in_its_first_case_is_the_latest_run_all_the_same(toys: Toys) -> None:
+    toys.run("toy_honest")
+    assert len(toys.records) == 2
+    toys.run("toy_exiting", isolated=True)
+    assert toys.records == []
+
+
+def test_reports_that_cannot_be_written_are_one_message(toys: Toys) -> None:
+    (toys.pytester.path / "reports").write_text("a file")
+    result = toys.run("toy_honest")
+    assert result.ret == 4
+    result.stdout.fnmatch_lines(["*--reports: cannot write to *reports*"])
+    assert "INTERNALERROR" not in result.stdout.str()
