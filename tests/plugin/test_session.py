@@ -246,6 +246,18 @@ def test_a_case_that_takes_its_worker_down_costs_no_other_case(toys: Toys) -> No
     result.stdout.fnmatch_lines(["CRASH*toys-toy_exiting-*"])
 
 
+def test_a_device_that_is_not_there_is_one_message(toys: Toys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    result = toys.run("toy_honest", "--device=cuda")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*--device cuda: torch finds no CUDA or ROCm device here*"])
+
+
+def test_a_run_without_contract_checks_says_so(toys: Toys) -> None:
+    toys.run("toy_honest").stdout.no_fnmatch_line("*contract checks were off*")
+    toys.run("toy_honest", "--no-contract-checks").stdout.fnmatch_lines(["*unchecked*contract checks were off*"])
+
+
 def test_a_kernel_that_changes_its_input_is_not_called_wrong_for_it(toys: Toys) -> None:
     toys.run("toy_greedy")
     assert {record.reason for record in toys.records} == {"q was written by the kernel"}
