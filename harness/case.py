@@ -56,6 +56,7 @@ class Case:
     rows: Rows
     dtype: str = "fp16"  # fp32 | fp16 | bf16: q, new k and v, out
     kv_dtype: str = "auto"  # auto (= dtype) | fp8_e4m3 | fp8_e5m2
+    descales: str = "per_tensor"  # per_tensor | quiet, loud (per page and KV head) | one: all 1
     num_q_heads: int = 8
     gqa_ratio: int = 1
     head_size: int = 128
@@ -91,3 +92,8 @@ class Case:
     def stored_dtype(self) -> str:
         """Name of the dtype the cache stores."""
         return self.dtype if self.kv_dtype == "auto" else self.kv_dtype
+
+    @property
+    def descales_per_page(self) -> bool:
+        """Whether every page and KV head has descales of its own, in one more argument of the kernel."""
+        return self.descales in ("quiet", "loud")

@@ -2,6 +2,7 @@
 
 attnreg run [pytest arguments]     run matrices (the same as `pytest cases ...`)
 attnreg check [matrices]           load and expand matrices, report every mistake
+attnreg audit [matrices]           how well cases see the faults their matrix lists; 1 if one is blind
 attnreg kernels                    list kernels and their contracts
 attnreg plants                     list set-up faults for --plant
 attnreg schema                     print the JSON Schema of a matrix
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.errors import AttnregError
+from harness.errors import AttnregError, UsageError
 from harness.kernel.registry import find_kernels
 from harness.session import PROJECT
 
@@ -26,6 +27,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("run", help="run matrices; takes every option of pytest", add_help=False)
     check = commands.add_parser("check", help="load and expand matrices, report every mistake")
     check.add_argument("paths", nargs="*", type=Path, default=[PROJECT / "cases"])
+    audit = commands.add_parser("audit", help="how well cases see the faults their matrix lists, without running them")
+    audit.add_argument("paths", nargs="*", type=Path, default=[PROJECT / "cases"])
+    audit.add_argument("--tier", default="smoke", help="tier of the matrices (default: smoke)")
+    audit.add_argument("--every-case", action="store_true", help="print the table of case x fault as well")
+    audit.add_argument("--json", type=Path, metavar="FILE", help="write everything to FILE as well")
+    audit.add_argument("--kernels", type=Path, action="append", default=[], metavar="DIR", help="more kernels")
+    audit.add_argument("--workers", type=int, default=2, help="processes (default: 2)")
+    audit.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where references are computed")
     commands.add_parser("kernels", help="list kernels and their contracts")
     commands.add_parser("plants", help="list the set-up faults that --plant injects")
     commands.add_parser("schema", help="print the JSON Schema of a matrix")
@@ -34,9 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(arguments[1:])
     options = parser.parse_args(arguments)
     try:
-        return {"check": lambda: _check(options.paths), "kernels": _kernels, "plants": _plants, "schema": _schema}[
-            options.command
-        ]()
+        return {
+            "check": lambda: _check(options.paths),
+            "audit": lambda: _audit(options),
+            "kernels": _kernels,
+            "plants": _plants,
+            "schema": _schema,
+        }[options.command]()
     except AttnregError as error:
         sys.stderr.write(f"{error}\n")
         return 2
@@ -67,6 +80,24 @@ def _check(paths: Sequence[Path]) -> int:
             continue
         sys.stdout.write(f"{matrix.name:<24} " + "  ".join(f"{tier} {count}" for tier, count in counts.items()) + "\n")
     return 2 if mistakes else 0
+
+
+def _audit(options: argparse.Namespace) -> int:
+    import json
+
+    from harness.items import matrix_files
+    from harness.report.audit import render_audit
+    from harness.run.audit import audit, jobs
+
+    work = list(jobs(matrix_files(options.paths), find_kernels(options.kernels), options.tier, options.device))
+    if not work:
+        raise UsageError(f"nothing to audit: no matrix with must_see has a case in tier {options.tier}")
+    rows = audit(work, workers=1 if options.device == "cuda" else options.workers)
+    sys.stdout.write(render_audit(rows, options.tier, every_case=options.every_case))
+    if options.json is not None:
+        data = {"tier": options.tier, "cases": [row.to_data() for row in rows]}
+        options.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    return int(any(row.blind for row in rows))
 
 
 def _kernels() -> int:

@@ -21,6 +21,7 @@ from harness.session import SELECTED, SESSION, Session
 if TYPE_CHECKING:
     from harness.case import Case
     from harness.matrix.expect import Expectation
+    from harness.matrix.matrix import Matrix
     from harness.run.outcome import Verdict
     from harness.store.record import Record
 
@@ -63,7 +64,9 @@ class MatrixFile(pytest.File):
         for one, line in zip(found, expansion.lines, strict=True):
             if one is not None:
                 case, expectation = one
-                yield MatrixItem.from_parent(self, name=case_id(case), case=case, line=line, expectation=expectation)
+                yield MatrixItem.from_parent(
+                    self, name=case_id(case), case=case, line=line, expectation=expectation, matrix=matrix
+                )
             else:
                 session.num_deselected += 1
                 session.coverage[matrix.name] = SELECTED
@@ -72,9 +75,11 @@ class MatrixFile(pytest.File):
 class MatrixItem(pytest.Item):
     """One case on one kernel."""
 
-    def __init__(self, *, case: Case, line: int, expectation: Expectation | None, **kwargs: Any) -> None:
+    def __init__(
+        self, *, case: Case, line: int, expectation: Expectation | None, matrix: Matrix, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
-        self.case, self.line, self.expectation = case, line, expectation
+        self.case, self.line, self.expectation, self.matrix = case, line, expectation, matrix
         self.record: Record | None = None
 
     @property
@@ -98,7 +103,7 @@ class MatrixItem(pytest.Item):
 
         facts = self.facts
         try:
-            verdict = run_case(self.case, facts.kernels[self.case.kernel], facts.options)
+            verdict = run_case(self.case, facts.kernels[self.case.kernel], facts.options_for(self.matrix))
         except Exception as error:  # noqa: BLE001  the harness is at fault: recorded as ERROR, with its trace
             return Verdict(Outcome.ERROR, f"{type(error).__name__}: {error}", explanation=explain_error(error))
         if self.expectation is None:

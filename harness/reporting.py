@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from harness.errors import AttnregError
+from harness.store.tightness import DECISIVE_TIERS, not_tight
 from harness.run.outcome import Outcome, Verdict
 from harness.session import SELECTED, Session
 from harness.store.environment import environment
@@ -20,7 +21,7 @@ from harness.store.record import Header, Record
 from harness.store.run_log import RunLog, new_run_id, utc_now
 
 COVERAGE = "attnreg_coverage"
-_LETTERS = {Outcome.UNSUPPORTED: "u", Outcome.XFAIL: "x"}
+_LETTERS = {Outcome.UNSUPPORTED: "u", Outcome.XFAIL: "x", Outcome.ELEVATED: "e"}
 
 
 class Reporting:
@@ -51,12 +52,15 @@ class Reporting:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """A run in which nothing ran is not green, and says why."""
+        """Neither a run in which nothing ran is green, nor one under a numerics profile too loose to test anything."""
         if self.session.config.getoption("--collect-only"):
             return
+        decisive = self.session.tier in DECISIVE_TIERS and self.session.plant is None
         self.nothing_ran = self._nothing_ran(int(session.exitstatus))
         if self.nothing_ran:
             session.exitstatus = pytest.ExitCode.USAGE_ERROR
+        elif decisive and session.exitstatus == pytest.ExitCode.OK and not_tight(self.records):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def _nothing_ran(self, status: int) -> str:
         facts = self.session

@@ -9,7 +9,7 @@ import datetime
 import functools
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -147,6 +147,12 @@ class Session:
             data_seed=self.config.getoption("--data-seed"),
             geometry_seed=self.config.getoption("--geometry-seed"),
         )
+
+    def options_for(self, matrix: Matrix) -> Options:
+        """The options of this session, with what `matrix` demands."""
+        from harness.run.observe import Demand
+
+        return replace(self.options, demand=Demand(matrix.must_see, matrix.margin), noise_floor=matrix.noise_floor)
 
     @property
     def reproduce_options(self) -> dict[str, object]:

@@ -27,15 +27,21 @@ class NaiveResult:
     largest_logit: torch.Tensor  # [num_tokens, num_q_heads] max |softmax_scale q.k| over visible keys
     offset: torch.Tensor  # [num_tokens, num_q_heads] sum p |bias| + p_sink |sink|, exactly
     num_visible: torch.Tensor  # [num_tokens]
+    row_mass: torch.Tensor  # [num_tokens, num_q_heads]
+    row_square: torch.Tensor  # [num_tokens, num_q_heads]
+    peak: torch.Tensor  # [num_tokens, num_q_heads]
 
 
 def naive_attention(inputs: AttentionInputs, rounding: Rounding) -> NaiveResult:
     """Attention of `inputs` by explicit loops; slow on purpose."""
     num_q_heads = inputs.q.shape[1]
     q, k, v = inputs.q.double().tolist(), inputs.k.double().tolist(), inputs.v.double().tolist()
+    q_cached = q if inputs.q_cached is None else inputs.q_cached.double().tolist()
+    scales = None if inputs.weight_scale is None else inputs.weight_scale.double().tolist()
     rows = []
     token = first_key = 0
-    for query_len, seq_len in zip(inputs.query_lens, inputs.seq_lens, strict=True):
+    for sequence, (query_len, seq_len) in enumerate(zip(inputs.query_lens, inputs.seq_lens, strict=True)):
+        cached = 0 if inputs.cached_lens is None else inputs.cached_lens[sequence]
         for i in range(query_len):
             position = seq_len - query_len + i
             visible = [j for j in range(seq_len) if sees(inputs, position, j)]
@@ -43,12 +49,18 @@ def naive_attention(inputs: AttentionInputs, rounding: Rounding) -> NaiveResult:
                 kv_head = head // (num_q_heads // inputs.k.shape[1])
                 keys = [k[first_key + j][kv_head] for j in visible]
                 values = [v[first_key + j][kv_head] for j in visible]
-                rows.append(_one_row(inputs, rounding, q[token][head], keys, values, position, visible, head))
+                queries = [(q_cached if j < cached else q)[token][head] for j in visible]
+                roundings = [(rounding.cached or rounding) if j < cached else rounding for j in visible]
+                steps = [
+                    (r.unit_roundoff, r.half_subnormal / (scales[first_key + j][kv_head] if scales else 1.0))
+                    for j, r in zip(visible, roundings, strict=True)
+                ]
+                rows.append(_one_row(inputs, steps, queries, keys, values, position, visible, head))
             token += 1
         first_key += seq_len
     shape = (token, num_q_heads, -1)
     columns = [torch.tensor(column, dtype=torch.float64).view(shape) for column in zip(*rows, strict=True)]
-    out, abs_pv, cast_square, cast_sum, flush_sum, lse, largest, offset, count = columns
+    out, abs_pv, cast_square, cast_sum, flush_sum, lse, largest, offset, count, mass, square, peak = columns
     return NaiveResult(
         out,
         lse[..., 0],
@@ -59,6 +71,9 @@ def naive_attention(inputs: AttentionInputs, rounding: Rounding) -> NaiveResult:
         largest[..., 0],
         offset[..., 0],
         count[:, 0, 0],
+        mass[..., 0],
+        square[..., 0],
+        peak[..., 0],
     )
 
 
@@ -71,15 +86,18 @@ def sees(inputs: AttentionInputs, position: int, key: int) -> bool:
 
 def _one_row(
     inputs: AttentionInputs,
-    rounding: Rounding,
-    q: list[float],
+    steps: list[tuple[float, float]],  # unit roundoff and half subnormal spacing for each key
+    queries: list[list[float]],  # the query that each key meets
     keys: list[list[float]],
     values: list[list[float]],
     position: int,
     visible: list[int],
     head: int,
 ) -> tuple[list[float] | float, ...]:
-    products = [inputs.softmax_scale * math.fsum(a * b for a, b in zip(q, key, strict=True)) for key in keys]
+    products = [
+        inputs.softmax_scale * math.fsum(a * b for a, b in zip(q, key, strict=True))
+        for q, key in zip(queries, keys, strict=True)
+    ]
     logits, biases = [], []
     for product, key_position in zip(products, visible, strict=True):
         cap, slopes = inputs.logits_soft_cap, inputs.alibi_slopes
@@ -91,13 +109,13 @@ def _one_row(
     top = max([*logits, sink])
     if top == -math.inf:  # nothing to attend to
         zeros = [0.0] * inputs.v.shape[2]
-        return zeros, zeros, zeros, zeros, zeros, -math.inf, largest, 0.0, 0
+        return zeros, zeros, zeros, zeros, zeros, -math.inf, largest, 0.0, 0, 0.0, 0.0, 0.0
     weights = [math.exp(logit - top) for logit in logits]
     total = math.fsum([*weights, math.exp(sink - top)])
     half_ulps, flushed = [], []
-    for x in weights:
-        half_ulps.append(max(rounding.unit_roundoff * x, min(x, rounding.half_subnormal)) / total)
-        flushed.append(x < 2 * rounding.half_subnormal)
+    for x, (unit_roundoff, half_subnormal) in zip(weights, steps, strict=True):
+        half_ulps.append(max(unit_roundoff * x, min(x, half_subnormal)) / total)
+        flushed.append(x < 2 * half_subnormal)
 
     def over_keys(term: list[float], power: int = 1, magnitude: bool = True) -> list[float]:
         columns = ([value[c] for value in values] for c in range(inputs.v.shape[2]))
@@ -120,4 +138,7 @@ def _one_row(
         largest,
         offset,
         len(visible),
+        math.fsum(probabilities),
+        math.fsum(p * p for p in probabilities),
+        1 / total if visible else 0.0,
     )

@@ -1,6 +1,7 @@
-"""One tile of the reference: some query rows of one sequence against all keys that they see.
+"""Scores and softmax of one tile: some query rows of a batch, some kv heads, all keys that these rows see.
 
-Invariant: a tile writes its own rows and heads of the result and nothing else, so tiles may come in any order and size.
+Invariant: every row sees at least one key, and a key that a row does not see has score -inf, hence probability 0.
+Scores are [num_seqs * num_kv_heads, num_rows * gqa_ratio, num_keys]: the queries of a group share a product with K.
 """
 
 from __future__ import annotations
@@ -9,164 +10,146 @@ from dataclasses import dataclass
 
 import torch
 
-from references.quantities import AttentionInputs, AttentionReference
+from references.batches import Batch
+from references.quantities import AttentionInputs
 
-
-@dataclass(frozen=True)
-class SequenceKeys:
-    """Keys and values of one sequence, float64, heads first."""
-
-    k: torch.Tensor  # [num_kv_heads, head_size, seq_len]
-    v: torch.Tensor  # [num_kv_heads, seq_len, 2 * head_size_v]: v, then |v|
-    v_square: torch.Tensor  # [num_kv_heads, seq_len, head_size_v]
+LARGEST_SINK = 40.0  # a sink this far above all logits flushes every P below float32: e^-40 < 2^-57
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Some query rows of one sequence, all query heads of some kv heads, all keys these rows see.
-
-    Scores are [num_kv_heads, num_rows * gqa_ratio, num_keys]: the queries of a group share a product with K.
-    """
+    """Which rows, heads and keys; `common` are the keys that every row sees."""
 
     inputs: AttentionInputs
-    result: AttentionReference
-    tokens: slice
+    batch: Batch
+    rows: slice
     kv_heads: slice
-    positions: range
+    positions: torch.Tensor  # [num_seqs, num_rows] of the query rows
+    first: torch.Tensor  # [num_seqs, num_rows] first key seen
+    end: torch.Tensor  # [num_seqs, num_rows] one behind the last key seen
     span: slice
+    common: slice
 
     @property
-    def group(self) -> int:
-        return self.inputs.q.shape[1] // self.inputs.k.shape[1]
+    def shape(self) -> tuple[int, int, int, int, int]:
+        """(num_seqs, kv heads, num_rows, gqa_ratio, anything): a view of scores with everything unfolded."""
+        group = self.inputs.q.shape[1] // self.inputs.k.shape[1]
+        return self.batch.num_seqs, self.kv_heads.stop - self.kv_heads.start, self.positions.shape[1], group, -1
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """(kv heads, rows, gqa_ratio, anything): a view of a tensor with the first three folded or not."""
-        return self.kv_heads.stop - self.kv_heads.start, len(self.positions), self.group, -1
+    def q_heads(self) -> slice:
+        group = self.shape[3]
+        return slice(self.kv_heads.start * group, self.kv_heads.stop * group)
 
-    def run(self, sequence: SequenceKeys) -> None:
-        """Compute the tile and write it into the result."""
-        k = sequence.k[self.kv_heads, :, self.span]
-        v = sequence.v[self.kv_heads, self.span]
-        v_square = sequence.v_square[self.kv_heads, self.span]
-        x, total, top = self._weights(k)
-        lse = top + total.log()
-        self._store("lse", lse)
-        size = v.shape[2] // 2
-        products = x @ v
-        self._store("out", products[..., :size] / total)
-        self._store("abs_pv", products[..., size:] / total)
-        del products
-        self._store_offset(x, total, lse)
-        self._store_cast(x, total, v[..., size:], v_square)
+    def per_head(self, values: torch.Tensor) -> torch.Tensor:
+        """`values` [num_q_heads] as float64 [1, kv heads, 1, gqa_ratio, 1]"""
+        return values[self.q_heads].double().view(1, self.shape[1], 1, self.shape[3], 1)
 
-    def _weights(self, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x [kv heads, rows * gqa_ratio, keys]; l and m [kv heads, rows * gqa_ratio, 1]."""
-        inputs = self.inputs
-        kv_heads, num_rows, group, _ = self.shape
-        q = inputs.q[self.tokens, self._q_heads].double() * inputs.softmax_scale  # [rows, q heads, head_size]
-        x = q.view(num_rows, kv_heads, group, -1).transpose(0, 1).reshape(kv_heads, num_rows * group, -1) @ k
-        del q
-        if inputs.logits_soft_cap:
-            x.div_(inputs.logits_soft_cap).tanh_().mul_(inputs.logits_soft_cap)
-        if inputs.alibi_slopes is not None:
-            slopes = self._of_heads(inputs.alibi_slopes).view(kv_heads, 1, group, 1)
-            x.view(self.shape).addcmul_(slopes, self._distance()[None, :, None].double())
-        if not self._all_visible():
-            x.view(self.shape).masked_fill_(self._hidden()[None, :, None], float("-inf"))
-        top = x.amax(-1, keepdim=True)
-        if inputs.sinks is not None:
-            sinks = self._sinks()
-            top = torch.maximum(top, sinks)
-        total = x.sub_(top).exp_().sum(-1, keepdim=True)
-        if inputs.sinks is not None:
-            total += (sinks - top).exp_()
-        return x, total, top
+    def fold(self, values: torch.Tensor) -> torch.Tensor:
+        """[num_seqs, kv heads, num_rows, gqa_ratio, n], broadcast, as [num_seqs * kv heads, rows * gqa_ratio, n]"""
+        num_seqs, kv_heads, num_rows, group, _ = self.shape
+        full = values.expand(num_seqs, kv_heads, num_rows, group, values.shape[-1])
+        return full.reshape(num_seqs * kv_heads, num_rows * group, values.shape[-1])
 
-    def _store_offset(self, x: torch.Tensor, total: torch.Tensor, lse: torch.Tensor) -> None:
-        """sum p_j |slope (j - t)|, by Cauchy-Schwarz from the second moment of the key positions."""
-        inputs = self.inputs
-        offset = torch.zeros_like(lse)
-        if inputs.alibi_slopes is not None:
-            kv_heads, num_rows, group, _ = self.shape
-            query = torch.arange(self.positions.start, self.positions.stop, device=x.device).view(1, num_rows, 1, 1)
-            query = query.double() - self.span.start
-            key = torch.arange(self.span.stop - self.span.start, device=x.device).double()
-            powers = torch.stack((torch.ones_like(key), key, key * key), dim=-1)  # [keys, 3]
-            moments = ((x @ powers) / total).view(self.shape)
-            mass, first, second = moments[..., 0:1], moments[..., 1:2], moments[..., 2:3]
-            distance_square = second - 2 * query * first + query * query * mass
-            slopes = self._of_heads(inputs.alibi_slopes).abs().view(kv_heads, 1, group, 1)
-            offset += (slopes * (distance_square * mass).clamp_(min=0).sqrt_()).view_as(offset)
-        if inputs.sinks is not None:
-            sinks = self._sinks()
-            offset += (sinks - lse).exp_() * sinks.abs()
-        self._store("offset", offset)
-        self._store_visible()
+    def store(self, packed: torch.Tensor, values: torch.Tensor) -> None:
+        """Write [num_seqs * kv heads, rows * gqa_ratio, n] to `packed` [num_tokens, num_q_heads, n]."""
+        self.batch.store(packed, self.rows, self.q_heads, values.view(self.shape).transpose(1, 2).flatten(2, 3))
 
-    def _store_cast(self, x: torch.Tensor, total: torch.Tensor, abs_v: torch.Tensor, v_square: torch.Tensor) -> None:
-        """Moments of the half ulps A_j; overwrites x."""
-        rounding = self.result.rounding
-        if rounding.half_subnormal == 0:
-            half_ulp = x.mul_(rounding.unit_roundoff)
-        else:
-            flushed = x < 2 * rounding.half_subnormal
-            half_ulp = (x * rounding.unit_roundoff).clamp_(min=rounding.half_subnormal).masked_fill_(flushed, 0)
-            x.clamp_(max=rounding.half_subnormal).masked_fill_(flushed.logical_not_(), 0)
-            del flushed
-            self._store("cast_sum", (half_ulp @ abs_v).div_(total))
-            self._store("flush_sum", (x @ abs_v).div_(total))
-            if rounding.row_sums:
-                self._store("row_flush_sum", x.sum(-1, keepdim=True) / total)
-        if rounding.row_sums:
-            self._store("row_cast_sum", half_ulp.sum(-1, keepdim=True) / total)
-        half_ulp.square_()
-        self._store("cast_square", (half_ulp @ v_square).div_(total * total))
-        if rounding.row_sums:
-            self._store("row_cast_square", half_ulp.sum(-1, keepdim=True) / (total * total))
 
-    def _store_visible(self) -> None:
-        if self.kv_heads.start == 0:
-            hidden = 0 if self._all_visible() else self._hidden().sum(-1)
-            self.result.num_visible[self.tokens] = (self.span.stop - self.span.start) - hidden
+@dataclass(frozen=True)
+class Softmax:
+    """p adds up to 1 over the keys, without the sink; rows are [num_seqs * kv heads, rows * gqa_ratio, 1]."""
 
-    def _store(self, name: str, values: torch.Tensor) -> None:
-        """Write [kv heads, rows * gqa_ratio, n] to the tensor of the result called `name`."""
-        whole: torch.Tensor = getattr(self.result, name)  # [num_tokens, num_q_heads, n] or [num_tokens, num_q_heads]
-        by_kv_head = whole.view(whole.shape[0], -1, self.group, values.shape[-1])
-        by_kv_head[self.tokens, self.kv_heads] = values.view(self.shape).transpose(0, 1)
+    p: torch.Tensor  # [num_seqs * kv heads, rows * gqa_ratio, keys of the span]
+    peak: torch.Tensor  # largest p
+    lse: torch.Tensor  # sink included
+    mass: torch.Tensor | None  # what the keys have beside the sink; None without one
+    sink_excess: torch.Tensor | None  # how far the sink lies above all logits, within [0, LARGEST_SINK]
+    largest_logit: torch.Tensor  # |s| before cap and bias, hidden keys of the span included
 
-    def _distance(self) -> torch.Tensor:
-        """Key position minus query position [rows, keys]."""
-        query = torch.arange(self.positions.start, self.positions.stop, device=self.inputs.q.device)
-        return torch.arange(self.span.start, self.span.stop, device=self.inputs.q.device) - query[:, None]
 
-    def _all_visible(self) -> bool:
-        """Whether every row of the tile sees every key of the span."""
-        inputs = self.inputs
-        inside_window = inputs.sliding_window is None or self.positions[-1] - self.span.start < inputs.sliding_window
-        return inside_window and (not inputs.causal or self.span.stop <= self.positions[0] + 1)
+def make_tile(inputs: AttentionInputs, batch: Batch, rows: slice, kv_heads: slice) -> Tile:
+    """The tile of `rows` (of every sequence of the batch) and `kv_heads`."""
+    limits = []  # what the first and the last row of each sequence see
+    for s in batch.sequences:
+        for row in (min(rows.start, s.num_rows - 1), min(rows.stop, s.num_rows) - 1):
+            position = s.position + row
+            first = 0 if inputs.sliding_window is None else max(position - inputs.sliding_window + 1, 0)
+            limits.append((first, min(position + 1, s.seq_len) if inputs.causal else s.seq_len))
+    firsts, ends = zip(*limits, strict=True)
+    device = inputs.q.device
+    row = torch.arange(rows.start, rows.stop, device=device)[None]  # [1, num_rows]
+    if batch.num_seqs > 1:
+        facts = torch.tensor([(s.position, s.num_rows, s.seq_len) for s in batch.sequences]).to(device)
+        positions = facts[:, 0:1] + torch.minimum(row, facts[:, 1:2] - 1)
+        end: torch.Tensor = facts[:, 2:3].expand_as(positions)
+    else:
+        positions = row + batch.sequences[0].position
+        end = torch.full_like(positions, batch.num_keys)
+    first = torch.zeros_like(positions)
+    if inputs.sliding_window is not None:
+        first = (positions - (inputs.sliding_window - 1)).clamp_(min=0)
+    if inputs.causal:
+        end = torch.minimum(positions + 1, end)
+    span, common = slice(min(firsts), max(ends)), slice(max(firsts), min(ends))
+    return Tile(inputs, batch, rows, kv_heads, positions, first, end, span, common)
 
-    def _hidden(self) -> torch.Tensor:
-        """bool [rows, keys]: what a row does not see."""
-        distance = self._distance()
-        hidden = torch.zeros_like(distance, dtype=torch.bool)
-        if self.inputs.causal:
-            hidden |= distance > 0
-        if self.inputs.sliding_window is not None:
-            hidden |= -distance >= self.inputs.sliding_window
-        return hidden
 
-    @property
-    def _q_heads(self) -> slice:
-        return slice(self.kv_heads.start * self.group, self.kv_heads.stop * self.group)
+def softmax(tile: Tile, k: torch.Tensor) -> Softmax:
+    """Softmax over `k` [num_seqs * kv heads, num_keys, head_size], float64."""
+    scores, largest_logit = _scores(tile, k)
+    top, where = scores.max(-1, keepdim=True)
+    p = scores.softmax(-1)
+    peak = p.gather(-1, where)
+    lse = top - peak.log()
+    if tile.inputs.sinks is None:
+        return Softmax(p, peak, lse, None, None, largest_logit)
+    sinks = tile.fold(tile.per_head(tile.inputs.sinks))
+    with_sink = torch.logaddexp(lse, sinks)
+    excess = (sinks - top).clamp_(0, LARGEST_SINK)
+    return Softmax(p, peak, with_sink, (lse - with_sink).exp_(), excess, largest_logit)
 
-    def _of_heads(self, per_head: torch.Tensor) -> torch.Tensor:
-        return per_head[self._q_heads].double()
 
-    def _sinks(self) -> torch.Tensor:
-        """[kv heads, rows * gqa_ratio, 1]"""
-        assert self.inputs.sinks is not None
-        kv_heads, num_rows, group, _ = self.shape
-        sinks = self._of_heads(self.inputs.sinks).view(kv_heads, 1, group)
-        return sinks.expand(kv_heads, num_rows, group).reshape(kv_heads, num_rows * group, 1)
+def _scores(tile: Tile, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores, -inf where hidden, and the largest |score| per row before cap and bias."""
+    inputs, span = tile.inputs, tile.span
+    scores = _products(tile, k[:, span].transpose(1, 2))
+    largest_logit = torch.linalg.vector_norm(scores, ord=float("inf"), dim=-1, keepdim=True)
+    if inputs.logits_soft_cap:
+        scores.div_(inputs.logits_soft_cap).tanh_().mul_(inputs.logits_soft_cap)
+    whole = scores.view(tile.shape)
+    key = torch.arange(span.start, span.stop, device=k.device)
+    if inputs.alibi_slopes is not None:
+        distance = (key - tile.positions[:, :, None]).double()  # [num_seqs, num_rows, keys]
+        whole.addcmul_(tile.per_head(inputs.alibi_slopes), distance[:, None, :, None])
+    if tile.common.start > span.start:
+        some = slice(0, tile.common.start - span.start)
+        hidden = key[some] < tile.first[:, :, None]  # [num_seqs, num_rows, keys]
+        whole[..., some].masked_fill_(hidden[:, None, :, None], float("-inf"))
+    if tile.common.stop < span.stop:
+        some = slice(max(tile.common.stop - span.start, 0), None)
+        hidden = key[some] >= tile.end[:, :, None]
+        whole[..., some].masked_fill_(hidden[:, None, :, None], float("-inf"))
+    return scores, largest_logit
+
+
+def _products(tile: Tile, k: torch.Tensor) -> torch.Tensor:
+    """softmax_scale q . k, with the q that each key meets. k: [num_seqs * kv heads, head_size, keys of the span]."""
+    inputs = tile.inputs
+    cached = min(max(tile.batch.cached_len - tile.span.start, 0), k.shape[2]) if inputs.q_cached is not None else 0
+    if cached == 0:
+        return _queries(tile, inputs.q) @ k
+    assert inputs.q_cached is not None
+    q = _queries(tile, inputs.q_cached)
+    scores = q.new_empty(*q.shape[:2], k.shape[2])
+    scores[..., :cached] = q @ k[..., :cached]
+    scores[..., cached:] = _queries(tile, inputs.q) @ k[..., cached:]
+    return scores
+
+
+def _queries(tile: Tile, q: torch.Tensor) -> torch.Tensor:
+    """`q` times the scale [num_seqs * kv heads, rows * gqa_ratio, head_size], float64"""
+    rows = tile.batch.rows_of(q, tile.rows)[:, :, tile.q_heads].double() * tile.inputs.softmax_scale
+    num_seqs, kv_heads, num_rows, group, _ = tile.shape
+    by_kv_head = rows.view(num_seqs, num_rows, kv_heads, group, -1).transpose(1, 2)
+    return by_kv_head.reshape(num_seqs * kv_heads, num_rows * group, -1)

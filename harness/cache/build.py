@@ -31,7 +31,7 @@ class KVCache:
     block_table: torch.Tensor  # [num_seqs, max_pages] int32
     seq_lens: torch.Tensor  # [num_seqs] int32
     query_start_loc: torch.Tensor  # [num_seqs + 1] int32
-    k_scale: torch.Tensor  # [1] float32
+    k_scale: torch.Tensor  # [1] float32; NaN where descales are per page
     v_scale: torch.Tensor  # [1] float32
     cached_lens: tuple[int, ...]  # leading tokens of each sequence that were stored
     pages: tuple[tuple[int, ...], ...]  # physical pages of each sequence, in order
@@ -41,6 +41,7 @@ class KVCache:
     value_payload: torch.Tensor  # [num_keys, num_kv_heads, head_size_v]
     new_k: torch.Tensor | None  # [num_tokens, num_kv_heads, head_size] in the dtype of the case; None for content `all`
     new_v: torch.Tensor | None  # [num_tokens, num_kv_heads, head_size_v]
+    kv_block_descale: torch.Tensor | None = None  # [num_pages, num_kv_heads, 2] float32, of K then V
 
 
 def build_cache(
@@ -55,8 +56,8 @@ def build_cache(
     if cached_lens is None:
         cached_lens = demanded_lens(problem, content)
     payloads = {
-        "k": quantise(problem.k, problem.k_scale, stored),
-        "v": quantise(problem.v, problem.v_scale, stored),
+        "k": quantise(problem.k, problem.descale("k"), stored),
+        "v": quantise(problem.v, problem.descale("v"), stored),
     }
     caches = {name: _fill(problem, name, payloads[name], placed, cached_lens, poison) for name in payloads}
     query_start = [0]
@@ -78,6 +79,7 @@ def build_cache(
         value_payload=payloads["v"],
         new_k=_new_tokens(problem, problem.k, content) if content.takes_new_tokens else None,
         new_v=_new_tokens(problem, problem.v, content) if content.takes_new_tokens else None,
+        kv_block_descale=_block_descale(problem, placed),
     )
 
 
@@ -108,6 +110,20 @@ def _fill(
     page = flat_pages[first_page[seq] + pos // page_size]
     slots[page, pos % page_size] = as_stored(bits_of(payload)[live], slots)
     return cache
+
+
+def _block_descale(problem: Problem, placed: Placed) -> torch.Tensor | None:
+    """Descales by physical page, [num_pages, num_kv_heads, 2] float32; NaN for pages that no sequence has, and in the
+    gaps of a strided view.
+    """
+    scales = problem.page_descales
+    if scales is None:
+        return None
+    gap = int(problem.case.strides != "compact")
+    shape = (placed.num_pages, scales.shape[1] + gap, 2 + 3 * gap)
+    block = torch.full(shape, math.nan, dtype=torch.float32, device=scales.device)[:, : scales.shape[1], :2]
+    block[[page for pages in placed.pages for page in pages]] = scales
+    return block
 
 
 def _new_tokens(problem: Problem, values: torch.Tensor, content: Content) -> torch.Tensor:

@@ -13,16 +13,17 @@ from harness.dtypes import ElementType
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 
 
-def quantise(values: torch.Tensor, scale: float, stored: ElementType) -> torch.Tensor:
-    """Payload of `values`: `stored` dtype, same shape. The division is in float32."""
+def quantise(values: torch.Tensor, scale: float | torch.Tensor, stored: ElementType) -> torch.Tensor:
+    """Payload of `values`: `stored` dtype, same shape; `scale` broadcasts against them. The division is in float32."""
     if values.dtype == stored.torch:
         return values
-    divisor = torch.full_like(values, scale, dtype=torch.float32)  # a tensor: a number may become its reciprocal
+    divisor = torch.as_tensor(scale, dtype=torch.float32, device=values.device)
+    divisor = divisor.expand_as(values)  # as a tensor of that shape: a number may become its reciprocal
     return (values.to(torch.float32) / divisor).clamp(-stored.largest, stored.largest).to(stored.torch)
 
 
-def dequantise(payload: torch.Tensor, scale: float) -> torch.Tensor:
-    """float32 values of `payload`, same shape: one float32 product each."""
+def dequantise(payload: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
+    """float32 values of `payload`, same shape: one float32 product each; `scale` broadcasts against it."""
     return payload.to(torch.float32) * scale
 
 

@@ -2,12 +2,13 @@
 
 Invariant: nothing here uses the builder's views. Addresses follow from the layout's formula, the strides of the tensors
 and the block table, in int64, as a kernel computes them. What is verified: the cache holds exactly the tokens that the
-content class demands, bit for bit; every other element of the storage, stride gaps included, is poison; new tokens are
-handed over where, and only where, the contract takes them.
+content class demands, bit for bit; every other element of the storage, stride gaps included, is poison; every page has
+the descales its payload was made with; new tokens are handed over where, and only where, the contract takes them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from harness.cache.content import Content, is_decode, phase
 from harness.cache.diagnose import describe_slot, describe_value
 from harness.cache.poison import POISON_BITS, tail_bits
 from harness.cache.quantise import bits_of
+from harness.cache.verify_descale import verify_block_descale
 from harness.dtypes import element_type
 from harness.errors import SetupBug
 from harness.problem.problem import Problem
@@ -32,6 +34,7 @@ def verify_cache(problem: Problem, cache: KVCache, content: Content) -> None:
         _verify_scale(problem, cache, which)
         _verify_pool(problem, cache, content, which)
         _verify_new_tokens(problem, cache, content, which)
+    verify_block_descale(problem, cache)
 
 
 @dataclass(frozen=True)
@@ -65,10 +68,12 @@ def address(tensor: torch.Tensor, layout: str, which: str, heads: int, dim: int)
 def verify_payload(problem: Problem, cache: KVCache, which: str) -> None:
     """Payloads are their values: the same bits without quantisation, else within half a step of the stored type."""
     case, stored = problem.case, element_type(problem.case.stored_dtype)
-    values, payload, scale = _of(problem, cache, which)
+    values, payload = _of(problem, cache, which)
+    descale = problem.descale(which).to(torch.float64)  # [1, 1, 1] or [num_keys, heads, 1]
     step = max(1, _CHUNK // max(payload[:1].numel(), 1))
     for start in range(0, len(values), step):
         value, got = values[start : start + step], payload[start : start + step]
+        scale = descale if len(descale) == 1 else descale[start : start + step]
         if case.kv_dtype == "auto":
             wrong = bits_of(value) != bits_of(got)
         else:
@@ -79,11 +84,12 @@ def verify_payload(problem: Problem, cache: KVCache, which: str) -> None:
             wrong |= got.to(torch.float32).isnan()
         if bool(wrong.any()):
             key, head, dim = wrong.nonzero()[0].tolist()
+            at = float(scale.expand_as(value)[key, head, dim])
             seq, pos = _locate(problem, start + key)
             raise SetupBug(
                 f"{which}_cache",
                 f"{float(value[key, head, dim]):g} at sequence {seq}, position {pos}, head {head}, dim {dim}, "
-                f"stored as {stored.name} at descale {scale:g}",
+                f"stored as {stored.name} at descale {at:g}",
                 f"payload {float(got[key, head, dim]):g}",
                 "payload = value / descale",
             )
@@ -91,14 +97,14 @@ def verify_payload(problem: Problem, cache: KVCache, which: str) -> None:
 
 def _verify_scale(problem: Problem, cache: KVCache, which: str) -> None:
     expected, got = (problem.k_scale, cache.k_scale) if which == "k" else (problem.v_scale, cache.v_scale)
-    if float(got) != expected:
+    if float(got) != expected and not (math.isnan(expected) and math.isnan(float(got))):
         raise SetupBug(f"{which}_scale", f"{expected:g}, which the cache was quantised with", f"{float(got):g}")
 
 
 def _verify_pool(problem: Problem, cache: KVCache, content: Content, which: str) -> None:
     case = problem.case
     tensor = cache.k if which == "k" else cache.v
-    _, payload, _ = _of(problem, cache, which)
+    _, payload = _of(problem, cache, which)
     heads, dim = payload.shape[1:]
     where = address(tensor, case.layout, which, heads, dim)
     flat = bits_of(tensor).as_strided((tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
@@ -223,11 +229,9 @@ def _verify_new_tokens(problem: Problem, cache: KVCache, content: Content, which
         token += query_len
 
 
-def _of(problem: Problem, cache: KVCache, which: str) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Values and payload [num_keys, heads, dim] and the scale of K or V."""
-    if which == "k":
-        return problem.k, cache.key_payload, problem.k_scale
-    return problem.v, cache.value_payload, problem.v_scale
+def _of(problem: Problem, cache: KVCache, which: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and payload [num_keys, heads, dim] of K or V."""
+    return (problem.k, cache.key_payload) if which == "k" else (problem.v, cache.value_payload)
 
 
 def _locate(problem: Problem, key: int) -> tuple[int, int]:

@@ -29,7 +29,7 @@ class LaunchArguments:
     seq_lens: torch.Tensor  # [num_seqs] int32
     max_query_len: int
     max_seq_len: int
-    k_scale: torch.Tensor  # [1] float32
+    k_scale: torch.Tensor  # [1] float32; NaN where kv_block_descale is given
     v_scale: torch.Tensor  # [1] float32
     kv_dtype: str  # auto | fp8_e4m3 | fp8_e5m2
     softmax_scale: float
@@ -43,3 +43,4 @@ class LaunchArguments:
     lse: (
         torch.Tensor | None
     )  # [num_tokens, num_q_heads] float32, natural log, sinks included; -inf where no key is seen
+    kv_block_descale: torch.Tensor | None = None  # [pages, kv_heads, 2] float32, of K then V; NaN for unused pages

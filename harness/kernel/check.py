@@ -6,6 +6,8 @@ of the cache is checked separately, slot by slot (harness.cache.verify).
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from harness.case import Case
@@ -25,6 +27,7 @@ def check_arguments(contract: Contract, case: Case, args: LaunchArguments) -> No
     _check_lengths(case, args)
     _check_table(case, args)
     _check_scales(case, args)
+    _check_block_descale(case, args)
 
 
 def _check_index_tensors(contract: Contract, case: Case, args: LaunchArguments) -> None:
@@ -126,10 +129,36 @@ def _check_scales(case: Case, args: LaunchArguments) -> None:
         if scale.dtype != torch.float32 or scale.numel() != 1:
             raise SetupBug(name, "one float32 element on the device", f"{scale.numel()} of {_name(scale.dtype)}")
         value = float(scale)
+        if case.descales_per_page:
+            if not math.isnan(value):
+                raise SetupBug(name, "NaN, as descales come by page, in kv_block_descale", repr(value))
+            continue
         if not 0.0 < value < float("inf"):
             raise SetupBug(name, "a finite descale above 0", repr(value))
         if case.kv_dtype == "auto" and value != 1.0:
             raise SetupBug(name, "1.0, as kv_dtype auto stores values unscaled", repr(value))
+
+
+def _check_block_descale(case: Case, args: LaunchArguments) -> None:
+    """[num_pages, num_kv_heads, 2] float32, finite and above 0 for every page that a live token needs; else None."""
+    name, block = "kv_block_descale", args.kv_block_descale
+    demanded, given = case.descales_per_page, block is not None
+    if demanded != given:
+        words = {True: "a tensor", False: "None"}
+        raise SetupBug(name, f"{words[demanded]}, as descales are {case.descales}", words[given])
+    if block is None:
+        return
+    if block.dtype != torch.float32 or block.device != args.q.device:
+        raise SetupBug(name, f"float32 on {args.q.device}", f"{_name(block.dtype)} on {block.device}")
+    _check_shape(name, block, (args.k_cache.shape[0], case.num_kv_heads, 2))
+    for seq, seq_len in enumerate(case.rows.seq_lens):
+        pages = args.block_table[seq, : -(-max(seq_len, 0) // case.page_size)].long()
+        dead = ~((block[pages] > 0) & block[pages].isfinite())  # [pages of the sequence, num_kv_heads, 2]
+        if bool(dead.any()):
+            column, head, kind = dead.nonzero()[0].tolist()
+            page = int(pages[column])
+            where = f"page {page} of sequence {seq}, kv head {head}, {'KV'[kind]}"
+            raise SetupBug(name, f"a finite descale above 0 for {where}", repr(float(block[page, head, kind])))
 
 
 def _check_shape(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...]) -> None:

@@ -41,6 +41,7 @@ class Contract:
     features: frozenset[str]
     dtypes: frozenset[str] = frozenset({"fp32", "fp16", "bf16"})
     kv_dtypes: frozenset[str] = frozenset({"auto", "fp8_e4m3", "fp8_e5m2"})
+    descales: frozenset[str] = frozenset({"per_tensor", "one"})  # quiet, loud: it reads kv_block_descale
     layouts: frozenset[str] = frozenset({"linear_nhd", "vllm_classic"})
     page_tables: frozenset[str] = frozenset({"block_table"})
     page_sizes: frozenset[int] | None = None  # None: any
@@ -70,6 +71,7 @@ class Contract:
         for axis, value, admitted in (
             ("dtype", case.dtype, self.dtypes),
             ("kv_dtype", case.kv_dtype, self.kv_dtypes),
+            ("descales", case.descales, self.descales),
             ("layout", case.layout, self.layouts),
             ("page_table", case.page_table, self.page_tables),
             ("page_size", case.page_size, self.page_sizes),

@@ -24,7 +24,7 @@ from harness.kernel.registry import Launcher
 
 _INPUTS = (
     "q", "k", "v", "k_cache", "v_cache", "block_table", "query_start_loc", "seq_lens",
-    "k_scale", "v_scale", "alibi_slopes", "sinks",
+    "k_scale", "v_scale", "kv_block_descale", "alibi_slopes", "sinks",
 )  # fmt: skip
 
 

@@ -29,7 +29,12 @@ from harness.matrix.source import (
     unknown_keys,
 )
 
-DATA_LAWS = ("normal", "probe", "needle", "uniform", "outliers", "negative")
+DATA_LAWS = (
+    "auto",
+    "normal", "probe", "needle", "uniform", "outliers", "negative",
+    "needle_edges", "rising", "falling", "large", "biased", "bar_codes", "tiny",
+)  # fmt: skip
+DESCALES = ("per_tensor", "quiet", "loud", "one")
 PLACEMENTS = ("shuffled", "sequential", "reversed", "shared_prefix")
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]*)")
 _NUMBER = re.compile(r"-?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
@@ -234,6 +239,7 @@ AXES: Mapping[str, Axis] = {
         _axis("head_size", Number(1), "d", "dimension of q and k, and of v unless head_size_v says otherwise"),
         _axis("head_size_v", Number(1, optional=True), "dv", "dimension of v; none: as head_size"),
         _axis("kv_dtype", Choice(("auto", "fp8_e4m3", "fp8_e5m2")), "kv", "what the cache stores; auto: dtype"),
+        _axis("descales", Choice(DESCALES), "descales_", "how K and V descales of an fp8 cache are drawn"),
         _axis("sliding_window", Number(1, optional=True), "sw", "keys a query sees, itself included; none: all"),
         _axis("page_size", Number(1), "p", "tokens per KV page"),
         _axis("layout", Choice(("linear_nhd", "vllm_classic")), "", "how (page, slot, head, dim) maps to storage"),
@@ -249,7 +255,7 @@ AXES: Mapping[str, Axis] = {
         _axis("scale_factor", Number(0, whole=False, exclusive=True), "scale", "softmax scale times sqrt(head_size)"),
         _axis("placement", PlacementValue(), "", "which physical pages a sequence gets"),
         _axis("rows", RowsValue(), "", "the batch: a row mix, by name or in place"),
-        _axis("data", Choice(DATA_LAWS, "data law"), "", "how q, k and v are drawn"),
+        _axis("data", Choice(DATA_LAWS, "data law"), "", "how q, k and v are drawn; auto: as must_see needs"),
         _axis("geometry_seed", Number(0), "g", "seed of drawn lengths and of placement"),
         _axis("data_seed", Number(0), "s", "seed of values; `seed` for short"),
     )

@@ -1,7 +1,7 @@
 """From a Matrix to cases: products, covers and lists, under the constraints that are written and those implied.
 
 Implied constraints: gqa_ratio divides num_q_heads; a row mix has a meaning for the page size and window at hand; the
-data law and the placement can keep their promise (harness.problem.admission).
+data law, the descales and the placement can keep their promise (harness.problem.admission).
 Within products they leave combinations out, as written constraints do; a value that never meets them, or a list entry
 that does not, is a mistake.
 
@@ -24,11 +24,12 @@ from harness.matrix.expression import ExpressionError
 from harness.matrix.matrix import Matrix, Rule, Supported, Tier, Values
 from harness.matrix.rows import ROWS_AXES, RowMix
 from harness.matrix.source import MatrixError, Mistake, Span
-from harness.problem.admission import law_refusal, placement_refusal
+from harness.problem.admission import descales_refusal, law_refusal, placement_refusal
 
 _NO_ROWS = (1,), (16,)  # stands in where a batch is not known yet or does not matter
 _HEADS = frozenset({"num_q_heads", "gqa_ratio"})
 _LAW_AXES = frozenset({"data", "logits_soft_cap", "alibi", "causal"})
+_DESCALE_AXES = frozenset({"descales", "kv_dtype"})
 _PLACEMENT_AXES = ROWS_AXES | {"placement"}
 Spans = Mapping[tuple[str, Any], Span]
 Predicate = Callable[[Mapping[str, Any]], bool]
@@ -139,6 +140,7 @@ def constraints(name: str, rules: Iterable[Rule]) -> list[Constraint]:
         Constraint(_HEADS, divides),
         Constraint(ROWS_AXES, rows_resolve),
         Constraint(_LAW_AXES, _admits(name, law_refusal)),
+        Constraint(_DESCALE_AXES, _admits(name, descales_refusal)),
         Constraint(_PLACEMENT_AXES, _admits(name, placement_refusal)),
     ]
     return implied + [_rule_constraint(name, rule) for rule in rules]
@@ -212,7 +214,11 @@ def _meaningless_rows(matrix: Matrix, values: Values, where: str, span: Span, sp
 
 
 def _refused(matrix: Matrix, values: Values, where: str, span: Span, spans: Spans) -> Iterator[Mistake]:
-    for axis, axes, refusal in (("data", _LAW_AXES, law_refusal), ("placement", _PLACEMENT_AXES, placement_refusal)):
+    for axis, axes, refusal in (
+        ("data", _LAW_AXES, law_refusal),
+        ("descales", _DESCALE_AXES, descales_refusal),
+        ("placement", _PLACEMENT_AXES, placement_refusal),
+    ):
         for value in values[axis]:
             tried = (assemble(matrix.name, chosen) for chosen in _products(values, axes, **{axis: value}))
             refusals = [refusal(case) for case in tried if case is not None]

@@ -14,11 +14,11 @@ from typing import Any
 
 from yaml import MappingNode, Node, ScalarNode, SequenceNode
 
-from harness.matrix.axes import ALIASES, AXES, Vocabulary, axis_name
+from harness.matrix.axes import ALIASES, AXES, Number, Vocabulary, axis_name
 from harness.matrix.expand import check_tier
 from harness.matrix.expect import EXPECTABLE, Expectation
 from harness.matrix.expression import ExpressionError
-from harness.matrix.matrix import FAULTS, TIERS, Entry, Matrix, Rule, Tier, Values
+from harness.matrix.matrix import FAULTS, NOISE_FLOORS, TIERS, Entry, Matrix, Rule, Tier, Values
 from harness.matrix.rows import SHARED_ROWS, RowMix, parse_mixes
 from harness.matrix.source import (
     Mistake,
@@ -41,7 +41,10 @@ KEYS: Mapping[str, str] = {
     "axes": "axes with several values; the first is the plain one, which list entries get",
     "row_mixes": "batches by name, for the axis 'rows'; more are shared in rows.yaml",
     "constraints": "conditions that every case meets",
-    "must_see": "the faults this sweep is for",
+    "must_see": "faults that every case must be able to see; a case that cannot is BLIND",
+    "margin": "how many tolerances a fault of must_see has to move some output by; 8 unless given",
+    "legacy_tolerance": "{atol, rtol} of another test suite: attnreg audit measures with it, runs do not",
+    "noise_floor": "report or fail: compare each case's error with that of its twin with one page per sequence",
     "tiers": "which cases run when",
     "expect": "known failures, each with a reason, a link and a date",
 }
@@ -53,6 +56,7 @@ TIER_KEYS: Mapping[str, str] = {
     "shrink": "values that replace those of the matrix in this tier",
     "also": "cases beside the cover or product",
 }
+LEGACY_KEYS = ("atol", "rtol")
 EXPECT_KEYS = ("where", "outcome", "because", "issue", "until")
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _Entries = Mapping[str, tuple[Node, Node]]
@@ -107,8 +111,24 @@ class _Loader:
         rules = tuple(self._rules(entries))
         must_see = tuple(self._must_see(entries))
         expectations = tuple(self._expectations(entries))
+        margin, legacy_tolerance = self._margin(entries), self._legacy_tolerance(entries)
+        noise_floor = self._noise_floor(entries)
         self.source.finish()
-        matrix = Matrix(self.path, name, about, values, rules, must_see, tiers, expectations, self.source, self.spans)
+        matrix = Matrix(
+            self.path,
+            name,
+            about,
+            values,
+            rules,
+            must_see,
+            tiers,
+            expectations,
+            self.source,
+            self.spans,
+            margin,
+            legacy_tolerance,
+            noise_floor,
+        )
         noted: set[Span] = set()
         for tier in tiers.values():  # what is wrong in one place is wrong once, however many tiers meet it
             for mistake in [m for m in check_tier(matrix, tier) if m.span not in noted]:
@@ -220,6 +240,39 @@ class _Loader:
             for node in items(entries["must_see"][1], "must_see") if "must_see" in entries else ():
                 with self.source.collect():
                     yield one_of(text(node, "a fault"), FAULTS, "fault", span_of(node))
+
+    def _margin(self, entries: _Entries) -> float:
+        margin = Matrix.margin
+        with self.source.collect():
+            if "margin" in entries:
+                margin = self._number(entries["margin"][1], "margin", Number(1, whole=False))
+        return margin
+
+    def _noise_floor(self, entries: _Entries) -> str:
+        found = Matrix.noise_floor
+        with self.source.collect():
+            if "noise_floor" in entries:
+                node = entries["noise_floor"][1]
+                found = one_of(text(node, "noise_floor"), NOISE_FLOORS, "noise_floor", span_of(node))
+        return found
+
+    def _legacy_tolerance(self, entries: _Entries) -> tuple[float, float] | None:
+        if "legacy_tolerance" not in entries:
+            return None
+        found: tuple[float, float] | None = None
+        with self.source.collect():
+            node = entries["legacy_tolerance"][1]
+            fields = self.source.entries(node, "legacy_tolerance")
+            for mistake in unknown_keys(fields, LEGACY_KEYS, "tolerance"):
+                self.source.add(mistake)
+            if missing := [key for key in LEGACY_KEYS if key not in fields]:
+                raise Mistake(span_of(node), f"legacy_tolerance has no {' and no '.join(missing)}")
+            atol, rtol = (self._number(fields[key][1], key, Number(0, whole=False)) for key in LEGACY_KEYS)
+            found = atol, rtol
+        return found
+
+    def _number(self, node: Node, name: str, kind: Number) -> float:
+        return float(kind.parse(node, name, self.vocabulary) or 0)
 
     def _tiers(self, entries: _Entries) -> dict[str, Tier]:
         found: dict[str, Tier] = {}

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from harness.matrix.expand import Expansion
 
 TIERS = ("smoke", "ci", "nightly", "probe")
+NOISE_FLOORS = ("report", "fail")
 Values = Mapping[str, tuple[Any, ...]]  # {axis: values}; rows are RowMix, placements Placement, others plain
 Supported = Callable[[Case], str | None]  # the clause of the kernel's contract that rules the case out, or None
 
@@ -29,11 +30,11 @@ FAULTS: Mapping[str, str] = {
     "newest_token": "the newest token of a row not read",
     "window_edges": "the sliding window off by one at either edge",
     "causal_edge": "the causal mask off by one",
-    "page_swap": "two pages of a sequence exchanged",
-    "k_descale": "the K descale wrong",
-    "v_descale": "the V descale wrong",
+    "page_swap": "a page read from its neighbour's place",
+    "k_descale": "the K descale of one page off by 2 %",
+    "v_descale": "the V descale of one page off by 2 %",
     "scale_dropped": "a descale not applied",
-    "softmax_scale": "the softmax scale off by a few percent",
+    "softmax_scale": "the softmax scale off by 2 %",
     "gqa_mapping": "queries matched with the wrong KV head",
     "sink": "the attention sink dropped or counted twice",
     "soft_cap": "the soft cap not applied",
@@ -89,6 +90,9 @@ class Matrix:
     expectations: tuple[Expectation, ...]
     source: Source
     spans: Mapping[tuple[str, Any], Span]
+    margin: float = 8.0  # tolerances by which the effect of a fault of must_see shows
+    legacy_tolerance: tuple[float, float] | None = None  # atol, rtol of another suite; attnreg audit measures with it
+    noise_floor: str = "off"  # off, or one of NOISE_FLOORS: what an error elevated over that of a case's twin ends in
 
     @property
     def kernels(self) -> tuple[str, ...]:

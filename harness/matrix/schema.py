@@ -12,8 +12,8 @@ import json
 
 from harness.matrix.axes import ALIASES, AXES, Schema, axis_name
 from harness.matrix.expect import EXPECTABLE
-from harness.matrix.loading import EXPECT_KEYS, KEYS, REQUIRED_KEYS, TIER_KEYS
-from harness.matrix.matrix import FAULTS, TIERS
+from harness.matrix.loading import EXPECT_KEYS, KEYS, LEGACY_KEYS, REQUIRED_KEYS, TIER_KEYS
+from harness.matrix.matrix import FAULTS, NOISE_FLOORS, TIERS
 from harness.matrix.rows import DRAWN_KEYS, LISTED_KEYS
 
 _TEXT: Schema = {"type": "string"}
@@ -30,6 +30,9 @@ def build() -> Schema:
         "row_mixes": {"type": "object", "additionalProperties": {"$ref": "#/definitions/row_mix"}},
         "constraints": _many({"anyOf": [_TEXT, _object({"require": _TEXT, "because": _TEXT}, ["require"])]}),
         "must_see": _many({"enum": list(FAULTS)}),
+        "margin": {"type": "number", "minimum": 1},
+        "legacy_tolerance": _object({key: {"type": "number", "minimum": 0} for key in LEGACY_KEYS}, list(LEGACY_KEYS)),
+        "noise_floor": {"enum": list(NOISE_FLOORS)},
         "tiers": _object({tier: {"$ref": "#/definitions/tier"} for tier in TIERS}, []),
         "expect": _many({"$ref": "#/definitions/expectation"}),
     }

@@ -5,8 +5,10 @@ Invariant: findings hold numbers and masks only; words, causes and outcomes are 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from harness.oracle.gains import GainFindings, HullFindings
 
 if TYPE_CHECKING:
     import torch
@@ -46,10 +48,14 @@ class TensorFindings:
 class Findings:
     tensors: tuple[TensorFindings, ...]
     violations: tuple[str, ...] = ()  # exact invariants broken: inputs changed, red zone written, no kernel ran, ...
+    gains: GainFindings = field(default_factory=GainFindings)  # tier 2, and where an error that is there comes from
+    hull: HullFindings = field(default_factory=HullFindings)
 
     @property
     def clean(self) -> bool:
-        return not self.violations and not any(t.num_mismatched for t in self.tensors)
+        """Nothing exceeds any tier of the tolerance, nothing is outside its exact bounds."""
+        wrong = any(t.num_mismatched for t in self.tensors) or self.hull.num_outside or self.gains.num_gains
+        return not self.violations and not wrong
 
     @property
     def err_over_tol(self) -> float:

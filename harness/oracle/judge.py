@@ -36,7 +36,9 @@ def judge(
     Everything happens on the device of the outputs; masks move to the CPU only if something mismatches.
     """
     masks: list[torch.Tensor | None] = [*unwritten, None, None]
-    want = reference.out.clamp(-tolerance.largest, tolerance.largest)
+    want = reference.out
+    if tolerance.largest < math.inf:
+        want = want.clamp(-tolerance.largest, tolerance.largest)
     allowed = tolerance.out
     if exact:
         want = (want / tolerance.out_scale).to(out.dtype).double() * tolerance.out_scale
@@ -61,42 +63,51 @@ def _compare(
     if stored.numel() == 0:
         nothing = torch.zeros(stored.shape, dtype=torch.bool)
         return TensorFindings(name, 0.0, nothing, 0, 0, 0, 0, 0, None)
-    got = stored.double() * unit
-    ratio = _ratio(got, want, allowed)
-    bad = ratio > 1
-    worst = ratio.argmax()
-    numbers = (
-        ratio.max(),
-        worst,
-        bad.sum(),
-        got.isnan().sum(),
-        (got.isinf() & want.isfinite()).sum(),
-        unwritten.sum() if unwritten is not None else bad.new_zeros(()),
-        *(x.flatten()[worst] for x in (got, want, allowed)),
-    )
-    err_over_tol, where, *counts, got_there, want_there, allowed_there = torch.stack(
-        [x.double() for x in numbers]
-    ).tolist()
-    num_bad, num_nan, num_inf, num_unwritten = map(int, counts)
-    token, head, dim = _coordinates(int(where), tuple(stored.shape))
+    error = _signed_error(stored, unit, want).abs_().div_(allowed)
+    worst, where = error.flatten().max(0)  # NaN where there is any
+    missing = worst.new_zeros(()) if unwritten is None else unwritten.sum()
+    place = (x.flatten()[where].double() for x in (stored, want, allowed))
+    numbers = torch.stack([worst, where.double(), missing.double(), *place]).tolist()
+    counts, mismatched = (0, 0, 0), torch.zeros((), dtype=torch.bool).expand(stored.shape)
+    if not numbers[0] <= 1:  # only then can anything be wrong: an infinity or NaN never gives a finite worst
+        error, counts = _settled(error, stored, unit, want)
+        mismatched = (error > 1).cpu() if counts[0] else mismatched
+        where = error.argmax()
+        place = (x.flatten()[where].double() for x in (stored, want, allowed))
+        numbers = torch.stack([error.max(), where.double(), missing.double(), *place]).tolist()
+    err_over_tol, index, num_unwritten, got_there, want_there, allowed_there = numbers
+    token, head, dim = _coordinates(int(index), tuple(stored.shape))
     return TensorFindings(
         name=name,
         err_over_tol=err_over_tol,
-        mismatched=bad.cpu() if num_bad else torch.zeros((), dtype=torch.bool).expand(stored.shape),
-        num_mismatched=num_bad,
+        mismatched=mismatched,
+        num_mismatched=counts[0],
         num_elements=stored.numel(),
-        num_nan=num_nan,
-        num_inf=num_inf,
-        num_unwritten=num_unwritten,
-        worst=Worst(token, head, dim, got_there, want_there, allowed_there, err_over_tol),
+        num_nan=counts[1],
+        num_inf=counts[2],
+        num_unwritten=int(num_unwritten),
+        worst=Worst(token, head, dim, got_there * unit, want_there, allowed_there, err_over_tol),
     )
 
 
-def _ratio(got: torch.Tensor, want: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
-    """Error in units of tolerance: 0 where equal (infinities too), inf where anything is not a number."""
-    error = (got - want).abs_()
-    error.div_(allowed).nan_to_num_(nan=math.inf, posinf=math.inf)  # equal infinities and 0/0 are settled next
-    return error.masked_fill_(got == want, 0.0)
+def _signed_error(stored: torch.Tensor, unit: float, want: torch.Tensor) -> torch.Tensor:
+    """stored * unit - want, float64"""
+    got = stored.to(torch.float64, copy=True)
+    return (got if unit == 1.0 else got.mul_(unit)).sub_(want)
+
+
+def _settled(
+    ratio: torch.Tensor, stored: torch.Tensor, unit: float, want: torch.Tensor
+) -> tuple[torch.Tensor, tuple[int, int, int]]:
+    """Error in units of tolerance, 0 where equal (infinities and 0/0 too), inf where anything is not a number.
+
+    And how many elements exceed 1, are NaN, are infinite where the reference is finite.
+    """
+    got = stored.double() * unit
+    ratio = ratio.nan_to_num_(nan=math.inf, posinf=math.inf).masked_fill_(got == want, 0.0)
+    counts = (ratio > 1).sum(), got.isnan().sum(), (got.isinf() & want.isfinite()).sum()
+    bad, nan, inf = torch.stack(counts).tolist()
+    return ratio, (bad, nan, inf)
 
 
 def _coordinates(index: int, shape: tuple[int, ...]) -> tuple[int, int, int]:

@@ -1,32 +1,120 @@
-"""Observability: whether a case could see a fault at all, decided from what is about to be handed over.
+"""Observability: whether a case could see a fault at all, computed before the launch from the reference alone.
 
-Invariant: a case that cannot see a fault is never reported as PASS; it is BLIND, with the fault and the reason.
+Invariant: a case that cannot see a fault it must see is never reported as PASS; it is BLIND, with the fault, the size
+of the fault's effect in units of the tolerance, and the reason.
+
+The effect of a fault is the largest |faulty - right| / tolerance over the sampled outputs and LSEs. An honest kernel
+errs by at most one tolerance, so an effect of CERTAIN is sure to be seen; MARGIN asks for more, because a real fault is
+seldom exactly its model. Of a fault with a size of its own (`Fault.graded`) no more than CERTAIN is asked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import torch
+
+from harness.cache.content import Content
+from harness.oracle.faults import FAULT_MODELS
+from harness.oracle.scene import Batch, Outcome, Rows, Scene, scenes
+from harness.oracle.tolerance import Tolerance
+
+MARGIN = 8.0
+CERTAIN = 2.0
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a fault does to a case: `size` in units of the tolerance, None where the case cannot have the fault."""
+
+    fault: str
+    size: float | None
+    variant: str = ""  # the variant of the fault that shows least, which `size` is of
+    because: str = ""  # why the case cannot have the fault
+
+    def seen(self, margin: float) -> bool:
+        """Whether the case sees the fault by `margin`, or cannot have it."""
+        asked = min(margin, CERTAIN) if FAULT_MODELS[self.fault].graded else margin
+        return self.size is None or self.size >= asked
 
 
 @dataclass(frozen=True)
 class Blindness:
+    """A fault that no output can show, whatever the tolerance."""
+
     fault: str
     because: str
 
 
-def blind_to(*, kv_dtype: str, k_scale: float, v_scale: float, pages: Sequence[Sequence[int]]) -> tuple[Blindness, ...]:
-    """Faults that no output of this set-up can show.
+def observe(
+    batch: Batch, content: Content, allowed: Tolerance, faults: Sequence[str], *, with_lse: bool
+) -> tuple[Effect, ...]:
+    """The effect of each of `faults` (names of harness.matrix.matrix.FAULTS) on `batch`, in their order.
 
-    `pages` are the physical pages of each sequence, in order.
+    `with_lse`: whether the kernel returns an LSE, which sees some faults best. One synchronisation with the device.
+    """
+    excuses = {name: FAULT_MODELS[name].excuse(batch.case, content) for name in faults}
+    shown = [_Shown(scene, allowed, with_lse) for scene in scenes(batch)]
+    sizes: dict[tuple[str, str], torch.Tensor] = {}
+    for name in faults:
+        if excuses[name] is None:
+            for label, change in FAULT_MODELS[name].variants.items():
+                found = [view.effect(changed) for view in shown if (changed := change(view.scene)) is not None]
+                if found:
+                    sizes[name, label] = torch.stack(found).amax()
+    numbers = dict(zip(sizes, torch.stack(list(sizes.values())).tolist(), strict=True)) if sizes else {}
+    return tuple(_weakest(name, excuses[name], numbers) for name in faults)
+
+
+def _weakest(name: str, excuse: str | None, sizes: Mapping[tuple[str, str], float]) -> Effect:
+    own = {label: size for (fault, label), size in sizes.items() if fault == name}
+    if not own:
+        return Effect(name, None, because=excuse or "no sequence of the batch can have it")
+    label = min(own, key=lambda label: own[label])
+    return Effect(name, own[label], label)
+
+
+class _Shown:
+    """A scene and the tolerances of its rows."""
+
+    def __init__(self, scene: Scene, allowed: Tolerance, with_lse: bool) -> None:
+        heads = list(scene.q_heads)
+        self.scene = scene
+        self.out = allowed.out[scene.tokens][:, heads].transpose(0, 1)  # [heads, rows, head_size_v]
+        self.lse = allowed.lse[scene.tokens][:, heads].T if with_lse else None  # [heads, rows]
+
+    def effect(self, changed: Rows | Outcome) -> torch.Tensor:
+        """Largest change in units of tolerance: float64 []."""
+        faulty, right = changed.outcome() if isinstance(changed, Rows) else changed, self.scene.right
+        largest = _ratio(faulty.out, right.out, self.out)
+        if self.lse is None or faulty.lse is None or right.lse is None:
+            return largest
+        return torch.maximum(largest, _ratio(faulty.lse, right.lse, self.lse))
+
+
+def _ratio(faulty: torch.Tensor, right: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+    """max |faulty - right| / allowed; 0 where both are the same, infinities too."""
+    return torch.where(faulty == right, 0.0, (faulty - right).abs_().div_(allowed)).amax()
+
+
+def blind_to(
+    *, kv_dtype: str, k_descale: torch.Tensor, v_descale: torch.Tensor, pages: Sequence[Sequence[int]]
+) -> tuple[Blindness, ...]:
+    """Faults that no output of this set-up can show, whatever the matrix demands.
+
+    `k_descale` and `v_descale` broadcast against the packed keys: [1, 1, 1] or [num_keys, num_kv_heads, 1]; `pages` are
+    the physical pages of each sequence, in order.
     """
     found: list[Blindness] = []
     if kv_dtype != "auto":
-        for name, scale in (("k_descale", k_scale), ("v_descale", v_scale)):
-            if scale == 1.0:
-                found.append(Blindness(name, f"the {name[0].upper()} descale is 1: a kernel that ignores it passes"))
-        if k_scale == v_scale != 1.0:
-            found.append(Blindness("descales_exchanged", f"K and V descale are both {k_scale:g}"))
+        ones = [name for name, descale in (("k", k_descale), ("v", v_descale)) if bool((descale == 1).all())]
+        for name in ones:
+            because = f"the {name.upper()} descale is 1: a kernel that ignores it passes"
+            found.append(Blindness(f"{name}_descale", because))
+        if not ones and torch.equal(k_descale, v_descale):
+            found.append(Blindness("descales_exchanged", "K and V have the same descales"))
     in_order = [page for sequence in pages for page in sequence]
     if in_order and in_order == list(range(len(in_order))):
         found.append(
@@ -35,3 +123,8 @@ def blind_to(*, kv_dtype: str, k_scale: float, v_scale: float, pages: Sequence[S
             )
         )
     return tuple(found)
+
+
+def fixed_tolerance(out: torch.Tensor, atol: float, rtol: float) -> Tolerance:
+    """The tolerance of a suite that picks it by hand, on outputs `out` [num_tokens, num_q_heads, head_size_v]."""
+    return Tolerance(atol + rtol * out.abs(), torch.full(out.shape[:2], math.inf, device=out.device))

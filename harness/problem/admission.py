@@ -1,7 +1,7 @@
-"""Which data law and which placement fit which case, decided from the axes alone, without torch.
+"""Which data law, which descales and which placement fit which case, decided from the axes alone, without torch.
 
-Invariant: whatever `law_refusal` and `placement_refusal` let through either builds, or fails later for a reason that
-only the drawn data show (a needle beyond the range of float16, two keys stored alike).
+Invariant: whatever `law_refusal`, `descales_refusal` and `placement_refusal` let through either builds, or fails later
+for a reason that only the drawn data show (a needle beyond the range of float16, two keys stored alike).
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import math
 
 from harness.case import Case
 
+AUTO = "auto"  # stands for a law that is chosen for each case, when it runs
+
 LAWS: dict[str, str] = {
     "normal": "independent N(0, 1)",
     "probe": "each query points at one seen key and at the first masked ones, so that mask faults move half the mass",
@@ -17,26 +19,56 @@ LAWS: dict[str, str] = {
     "uniform": "q = 0: the mean of the seen values (where neither ALiBi nor sinks say otherwise)",
     "outliers": "N(0, 1), plus N(0, 100) in one element of a thousand",
     "negative": "every seen score is below -88, so that a phantom key with score 0 takes all the mass",
+    "needle_edges": "needles on both sides of the edges of pages, tiles and splits, and at both ends of what is seen",
+    "rising": "scores rise along the keys: the running maximum changes at every tile",
+    "falling": "scores fall along the keys: the running maximum never changes after the first tile",
+    "large": "every seen score is above 88 and they spread widely: exp overflows unless the maximum is taken off",
+    "biased": "N(0, 1), and V has mean 1, so that errors of accumulation add up instead of cancelling",
+    "bar_codes": "q = 0 and V says page, slot, sequence and head, so that the output tells which tokens were attended",
+    "tiny": "uniform in +-0.001, as some test suites draw; exists to show what it is blind to",
+}
+NEEDLES = frozenset({"needle", "needle_edges"})
+STRUCTURED = NEEDLES | {"uniform", "bar_codes", "tiny"}  # equal softmax weights or values: errors are not independent
+DESCALES: dict[str, str] = {
+    "per_tensor": "one descale for K and one for V",
+    "quiet": "per page and KV head, all within 2 %, as data of one origin give",
+    "loud": "per page and KV head, log-uniform over a factor of 32, K and V independent: any mix-up is a gross error",
+    "one": "all 1: a kernel that ignores them passes",
 }
 
-HIGHEST_NEGATIVE = -88.0  # exp of less underflows in float32
-NEGATIVE_MEAN = -160.0  # of the scores of law `negative`
-NEGATIVE_SPREAD = 45.0  # scores of law `negative` keep within this of their mean
+EXP_RANGE = 88.0  # exp of less than -88 underflows in float32, of more than 88 overflows
+SHIFTED_MEAN = 160.0  # of the scores of law `large`, and but for its sign of law `negative`
+SHIFTED_SPREAD = 45.0  # scores of these laws keep within this of their mean
 
 
 def law_refusal(case: Case) -> str | None:
     """Why the data law of `case` cannot keep its promise, in one sentence; None where it can."""
-    if case.data not in LAWS:
-        return f"unknown data law '{case.data}'; known: {', '.join(LAWS)}"
-    cap = case.logits_soft_cap
-    if case.data == "needle" and cap is not None:
-        return f"needle: a soft cap of {cap:g} bounds the score gap that a needle needs"
-    if case.data == "negative" and cap is not None:
-        highest = cap * math.tanh((NEGATIVE_MEAN + NEGATIVE_SPREAD) / cap)
-        if highest > HIGHEST_NEGATIVE:
-            return f"negative: a soft cap of {cap:g} lifts scores to {highest:.0f}, above {HIGHEST_NEGATIVE:.0f}"
-    if case.data == "negative" and case.alibi and not case.causal:
+    if case.data == AUTO:
+        return None
+    law, cap = case.data, case.logits_soft_cap
+    if law not in LAWS:
+        return f"unknown data law '{law}'; known: {', '.join(LAWS)}"
+    if law in NEEDLES and cap is not None:
+        return f"{law}: a soft cap of {cap:g} bounds the score gap that a needle needs"
+    if law in ("negative", "large") and cap is not None:
+        least = cap * math.tanh((SHIFTED_MEAN - SHIFTED_SPREAD) / cap)
+        if least < EXP_RANGE and law == "negative":
+            return f"negative: a soft cap of {cap:g} lifts scores to {-least:.0f}, above {-EXP_RANGE:.0f}"
+        if least < EXP_RANGE:
+            return f"large: a soft cap of {cap:g} holds scores at {least:.0f}, below {EXP_RANGE:.0f}"
+    if law == "negative" and case.alibi and not case.causal:
         return "negative: without a causal mask ALiBi lifts the scores of keys behind the query"
+    if law in ("falling", "large", "bar_codes") and case.alibi:
+        return f"{law}: ALiBi lowers the scores of distant keys"
+    return None
+
+
+def descales_refusal(case: Case) -> str | None:
+    """Why the descales of `case` do not fit its cache, in one sentence; None where they do."""
+    if case.descales not in DESCALES:
+        return f"unknown descales '{case.descales}'; known: {', '.join(DESCALES)}"
+    if case.kv_dtype == "auto" and case.descales != "per_tensor":
+        return f"descales {case.descales}: a cache of kv_dtype auto has none"
     return None
 
 

@@ -15,46 +15,59 @@ import torch
 from harness.case import Case
 from harness.dtypes import element_type
 from harness.problem import random
-from harness.problem.admission import NEGATIVE_MEAN
+from harness.problem.admission import NEEDLES, SHIFTED_MEAN
+from harness.problem.bar_codes import code_values
+from harness.problem.ramp import ramp_keys, ramp_lse, ramp_queries
 from harness.problem.spans import Span, key_start, pick_targets, spans
 
 _CHUNK = 1 << 24  # elements of a temporary
-_NEGATIVE_QUERY = 2.0  # length of a query along the direction shared with the keys, in sqrt(head_size)
+_SHIFTED_QUERY = 2.0  # length of a query along the direction shared with the keys, in sqrt(head_size)
 _OUTLIER_RATE, _OUTLIER_SIZE = 0.001, 10.0
+_TINY = 0.001
+_SHIFTS = {"negative": -1.0, "large": 1.0}  # on which side of 0 the scores of shifted laws lie
 
 
 def draw_keys(case: Case, device: torch.device | str) -> torch.Tensor:
     """K of every position in the dtype of the case: [num_keys, num_kv_heads, head_size]."""
     shape = (key_start(case.rows)[-1], case.num_kv_heads, case.head_size)
-    if case.data != "negative":
+    dtype = element_type(case.dtype).torch
+    if case.data in ("rising", "falling"):
+        return ramp_keys(case, device).to(dtype)
+    if case.data not in _SHIFTS:
         return _generic(case, "k", shape, device)
     noise = random.normal(case.data_seed, "k", shape, device)
-    away = -NEGATIVE_MEAN / (_NEGATIVE_QUERY * math.sqrt(case.head_size))
-    return (noise - away * _directions(case, device)).to(element_type(case.dtype).torch)
+    shift = _SHIFTS[case.data] * _shift_of_keys(case)
+    return (noise + shift * _directions(case, device)).to(dtype)
 
 
 def draw_values(case: Case, device: torch.device | str) -> torch.Tensor:
     """V of every position in the dtype of the case: [num_keys, num_kv_heads, head_size_v]."""
-    return _generic(case, "v", (key_start(case.rows)[-1], case.num_kv_heads, case.value_size), device)
+    shape, dtype = (key_start(case.rows)[-1], case.num_kv_heads, case.value_size), element_type(case.dtype).torch
+    if case.data == "bar_codes":
+        return code_values(case, device).to(dtype)
+    if case.data == "biased":
+        return (random.normal(case.data_seed, "v", shape, device) + 1.0).to(dtype)
+    return _generic(case, "v", shape, device)
 
 
 def draw_queries(case: Case, k: torch.Tensor) -> torch.Tensor:
     """Q in the dtype of the case: [num_tokens, num_q_heads, head_size]; `k` [num_keys, num_kv_heads, head_size].
 
     Under a soft cap, queries of generic laws are longer, so that scores reach where the cap bends.
-    Law `needle` is drawn by harness.problem.needle.
+    Needles are drawn by harness.problem.needle.
     """
     device, dtype = k.device, element_type(case.dtype).torch
     shape = (case.rows.num_tokens, case.num_q_heads, case.head_size)
-    if case.data == "uniform":
+    if case.data in ("uniform", "bar_codes"):
         return torch.zeros(shape, dtype=dtype, device=device)
     if case.data == "probe":
         return _probe_queries(case, k)
-    if case.data == "negative":
-        away = -NEGATIVE_MEAN / (_NEGATIVE_QUERY * math.sqrt(case.head_size))
-        noise = random.normal(case.data_seed, "q", shape, device) * min(1.0, 5.0 / away)
+    if case.data in ("rising", "falling"):
+        return ramp_queries(case, device).to(dtype)
+    if case.data in _SHIFTS:
+        noise = random.normal(case.data_seed, "q", shape, device) * min(1.0, 5.0 / _shift_of_keys(case))
         shared = _directions(case, device).repeat_interleave(case.gqa_ratio, dim=0)  # [num_q_heads, head_size]
-        return (noise + _NEGATIVE_QUERY * shared).to(dtype)
+        return (noise + _SHIFTED_QUERY * shared).to(dtype)
     gain = 1.0 if case.logits_soft_cap is None else min(max(case.logits_soft_cap / 10.0, 1.0), 4.0)
     return _generic(case, "q", shape, device) * gain
 
@@ -73,11 +86,13 @@ def draw_sinks(case: Case, slopes: Sequence[float] | None, device: torch.device 
         lse = math.log(max(near, 1.0)) + 0.5
         if case.data == "probe":
             lse = probe_score(typical_len) * case.scale_factor
-        if case.data == "negative":
-            lse += NEGATIVE_MEAN * case.scale_factor
-        if case.data == "needle":
+        if case.data in ("rising", "falling"):
+            lse = ramp_lse(case, typical_len) * case.scale_factor
+        if case.data in _SHIFTS:
+            lse += _SHIFTS[case.data] * SHIFTED_MEAN * case.scale_factor
+        if case.data in NEEDLES:
             lse = 0.0
-        if case.logits_soft_cap is not None and case.data in ("probe", "negative"):
+        if case.logits_soft_cap is not None and case.data in ("probe", "negative", "large"):
             lse = case.logits_soft_cap * math.tanh(lse / case.logits_soft_cap)
         typical.append(lse)
     return noise + torch.tensor(typical, dtype=torch.float32, device=device)
@@ -89,13 +104,20 @@ def probe_score(seq_len: int) -> float:
 
 
 def _generic(case: Case, stream: str, shape: Sequence[int], device: torch.device | str) -> torch.Tensor:
-    """Independent draws of law `outliers`, or of `normal` for any other, in the dtype of the case: [*shape]."""
+    """Independent draws of law `outliers` or `tiny`, or of `normal` for any other, in the case's dtype: [*shape]."""
     dtype = element_type(case.dtype).torch
+    if case.data == "tiny":
+        return ((random.uniform(case.data_seed, stream, shape, device) * 2.0 - 1.0) * _TINY).to(dtype)
     if case.data != "outliers":
         return random.normal(case.data_seed, stream, shape, device, dtype)
     hit = random.uniform(case.data_seed, f"{stream}/outlier", shape, device) < _OUTLIER_RATE
     large = random.normal(case.data_seed, f"{stream}/size", shape, device) * _OUTLIER_SIZE
     return (random.normal(case.data_seed, stream, shape, device) + large * hit).to(dtype)
+
+
+def _shift_of_keys(case: Case) -> float:
+    """Length of keys along the shared direction, in sqrt(head_size): moves the mean of scores by SHIFTED_MEAN."""
+    return SHIFTED_MEAN / (_SHIFTED_QUERY * math.sqrt(case.head_size))
 
 
 def _directions(case: Case, device: torch.device | str) -> torch.Tensor:

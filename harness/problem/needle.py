@@ -35,26 +35,29 @@ def snap_keys(case: Case, k: torch.Tensor) -> torch.Tensor:
     return ((unit * _GRID).round() / torch.full_like(unit, _GRID)).clamp(-3.984375, 3.984375).to(k.dtype)
 
 
-def stored_as(case: Case, k: torch.Tensor, k_scale: float) -> torch.Tensor:
-    """The payload that the cache will hold for `k`: float64 [num_keys, kv_heads, d], in units of `k_scale`."""
+def stored_as(case: Case, k: torch.Tensor, descale: torch.Tensor) -> torch.Tensor:
+    """The payload that the cache will hold for `k`: float64 [num_keys, kv_heads, d], in units of `descale`, which
+    broadcasts against it.
+    """
     if case.kv_dtype == "auto":
         return k.to(torch.float64)
-    scaled = k.to(torch.float32) / torch.full_like(k, k_scale, dtype=torch.float32)
+    scaled = k.to(torch.float32) / descale.to(torch.float32)
     return scaled.to(element_type(case.stored_dtype).torch).to(torch.float64)
 
 
 def needle_queries(
     case: Case,
     payload: torch.Tensor,
-    k_scale: float,
+    descale: torch.Tensor,
     softmax_scale: float,
     slopes: Sequence[float] | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """Power-of-two multiples of the stored target keys: [num_tokens, num_q_heads, head_size] in the case's dtype.
 
-    `payload` [num_keys, kv_heads, d] float64 (see stored_as), `sinks` [num_q_heads] or None. Queries that see nothing
-    are 0. Raises LawError where two seen keys are stored alike, or where the query leaves the range of its dtype.
+    `payload` [num_keys, kv_heads, d] float64 (see stored_as) times `descale` ([1, 1, 1], or [num_keys, kv_heads, 1]
+    where each page has its own) is what kernels see; `sinks` [num_q_heads] or None. Queries that see nothing are 0.
+    Raises LawError where two seen keys are stored alike, or where the query leaves the range of its dtype.
     """
     device, heads = payload.device, case.num_q_heads
     element = element_type(case.dtype)
@@ -66,18 +69,20 @@ def needle_queries(
         rival = torch.maximum(rival, sinks.to(torch.float64))
     powers = torch.tensor([2.0**e for e in range(-40, 128)], dtype=torch.float64, device=device)
     longest = max(case.rows.seq_lens)
+    # One descale for all is left out of the products, which stay exact in float64.
+    unit, stored = (float(descale), payload) if descale.numel() == 1 else (1.0, payload * descale)
     for span in spans(case.rows, device, max(1, _CHUNK // (heads * max(longest, 1)))):
         if span.seq_len <= 0:
             continue
         target, seen = pick_targets(case, span)  # [tokens, heads], [tokens, 1]
-        keys = payload[span.keys]  # [keys, kv_heads, d]
-        chosen = keys[target, torch.arange(heads, device=device) // case.gqa_ratio]  # [tokens, heads, d]
+        keys = stored[span.keys]  # [keys, kv_heads, d]
+        chosen = payload[span.keys][target, torch.arange(heads, device=device) // case.gqa_ratio]  # [tokens, heads, d]
         dots = _dots(chosen, keys)  # [tokens, heads, keys]
         own = dots.gather(2, target[:, :, None])[:, :, 0]  # [tokens, heads]
         needed = _needed(case, span, target, dots, own, slope)
         bias = slope * (target - span.query_pos[:, None])  # [tokens, heads]
         needed = torch.maximum(needed, (_MARGIN + rival - bias) / own)
-        needed = needed / torch.full_like(own, k_scale * softmax_scale)
+        needed = needed / torch.full_like(own, unit * softmax_scale)
         needed = torch.where(seen, needed, torch.zeros_like(needed))
         _refuse_twins(span, needed, target)
         factor = powers[torch.searchsorted(powers, needed.contiguous()).clamp(max=len(powers) - 1)]  # [tokens, heads]

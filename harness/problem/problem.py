@@ -7,23 +7,25 @@ dtype of the case, so that what a cache must hold, and what a kernel gets as new
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from harness.case import Case
-from harness.dtypes import element_type
 from harness.errors import LawError, PlacementError
-from harness.problem import random
-from harness.problem.admission import law_refusal, placement_refusal, shared_prefix_len
+from harness.problem.admission import (
+    NEEDLES,
+    STRUCTURED,
+    descales_refusal,
+    law_refusal,
+    placement_refusal,
+    shared_prefix_len,
+)
+from harness.problem.descales import page_descales, page_of_key, tensor_descale
 from harness.problem.laws import draw_keys, draw_queries, draw_sinks, draw_values
 from harness.problem.masks import alibi_slopes
 from harness.problem.needle import needle_queries, snap_keys, stored_as
 from harness.problem.spans import key_start
-
-_K_SCALES = (0.02, 0.15)  # apart from each other and from 1: payloads of N(0, 1) stay inside, and use, the fp8 range
-_V_SCALES = (0.25, 0.9)
-_STRUCTURED = frozenset({"uniform", "needle"})
 
 
 @dataclass(frozen=True)
@@ -38,20 +40,32 @@ class Problem:
     softmax_scale: float
     alibi_slopes: torch.Tensor | None  # [num_q_heads] float32
     sinks: torch.Tensor | None  # [num_q_heads] float32
-    k_scale: float  # value = payload * scale; 1.0 unless the cache stores fp8
+    k_scale: float  # value = payload * scale; 1.0 unless the cache stores fp8, NaN where descales are per page
     v_scale: float
+    page_descales: torch.Tensor | None  # [logical pages, num_kv_heads, 2] float32, of K then V, packed by sequence
     shared_prefix: int  # leading tokens that all sequences with context have in common
     structured: bool
     geometry_seed: int
     data_seed: int
 
+    def descale(self, which: str) -> torch.Tensor:
+        """What payloads of K (`which` "k") or V are multiplied by: float32 that broadcasts against the packed keys,
+        [1, 1, 1], or [num_keys, num_kv_heads, 1] where descales are per page.
+        """
+        if self.page_descales is None:
+            scale = self.k_scale if which == "k" else self.v_scale
+            return torch.full((1, 1, 1), scale, dtype=torch.float32, device=self.q.device)
+        page = page_of_key(self.case).to(self.q.device)
+        return self.page_descales[page, :, 0 if which == "k" else 1, None]
+
 
 def build_problem(case: Case, device: torch.device | str) -> Problem:
     """Draw the inputs of `case` on `device`.
 
-    Raises LawError where the data law cannot keep its promise, PlacementError where the placement does not fit.
+    Raises LawError where the data law cannot keep its promise or the descales do not fit the cache, PlacementError
+    where the placement does not fit.
     """
-    if reason := law_refusal(case):
+    if reason := law_refusal(case) or descales_refusal(case):
         raise LawError(reason)
     if reason := placement_refusal(case):
         raise PlacementError(reason)
@@ -59,31 +73,37 @@ def build_problem(case: Case, device: torch.device | str) -> Problem:
     softmax_scale = case.scale_factor / math.sqrt(case.head_size)
     sinks = draw_sinks(case, slopes, device) if case.sinks else None
     k, v = _share_prefix(case, draw_keys(case, device)), _share_prefix(case, draw_values(case, device))
-    if case.data == "needle":
+    if case.data in NEEDLES:
         k = snap_keys(case, k)
-    k_scale, v_scale = _scale(case, "k", k, _K_SCALES), _scale(case, "v", v, _V_SCALES)
-    if case.data == "needle":
-        payload = stored_as(case, k, k_scale)
-        k = (payload * k_scale).to(k.dtype)  # unchanged where the cache stores the dtype of the case
-        q = needle_queries(case, payload, k_scale, softmax_scale, slopes, sinks)
+    scales = (math.nan, math.nan)
+    per_page = None
+    if case.descales_per_page:
+        per_page = torch.stack([page_descales(case, "k", k), page_descales(case, "v", v)], dim=2)
     else:
-        q = draw_queries(case, k)
-    return Problem(
+        scales = (tensor_descale(case, "k", k), tensor_descale(case, "v", v))
+    problem = Problem(
         case=case,
-        q=q,
+        q=k[:0],  # drawn last, as some laws point queries at keys as they are stored
         k=k,
         v=v,
         key_start=key_start(case.rows),
         softmax_scale=softmax_scale,
         alibi_slopes=None if slopes is None else torch.tensor(slopes, dtype=torch.float32, device=device),
         sinks=sinks,
-        k_scale=k_scale,
-        v_scale=v_scale,
+        k_scale=scales[0],
+        v_scale=scales[1],
+        page_descales=per_page,
         shared_prefix=shared_prefix_len(case),
-        structured=case.data in _STRUCTURED,
+        structured=case.data in STRUCTURED,
         geometry_seed=case.geometry_seed,
         data_seed=case.data_seed,
     )
+    if case.data not in NEEDLES:
+        return replace(problem, q=draw_queries(case, k))
+    descale = problem.descale("k").to(torch.float64)
+    payload = stored_as(case, k, descale)
+    k = (payload * descale).to(k.dtype)  # unchanged where the cache stores the dtype of the case
+    return replace(problem, k=k, q=needle_queries(case, payload, descale, softmax_scale, slopes, sinks))
 
 
 def _share_prefix(case: Case, tensor: torch.Tensor) -> torch.Tensor:
@@ -94,14 +114,3 @@ def _share_prefix(case: Case, tensor: torch.Tensor) -> torch.Tensor:
         for start in with_context[1:]:
             tensor[start : start + length] = tensor[with_context[0] : with_context[0] + length]
     return tensor
-
-
-def _scale(case: Case, name: str, tensor: torch.Tensor, between: tuple[float, float]) -> float:
-    """A float32 descale for `tensor` drawn from `between`, larger where its largest element needs it; 1 for auto."""
-    if case.kv_dtype == "auto":
-        return 1.0
-    low, high = between
-    drawn = low + (high - low) * float(random.uniform(case.data_seed, f"{name}_scale", (1,), "cpu"))
-    largest = float(tensor.abs().max()) if tensor.numel() else 0.0
-    enough = largest / element_type(case.stored_dtype).largest
-    return float(torch.tensor(max(drawn, enough * (1 + 2.0**-10)), dtype=torch.float32))

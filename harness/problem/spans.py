@@ -14,6 +14,7 @@ import torch
 
 from harness.case import Case, Rows
 from harness.problem import random
+from harness.problem.edges import edge_targets
 from harness.problem.masks import visible_range
 
 
@@ -55,13 +56,16 @@ def pick_targets(case: Case, span: Span) -> tuple[torch.Tensor, torch.Tensor]:
 
     Tokens and heads take turns among: the query's own position, the last token of the page before, the first of its
     page, token 0, the newest and the oldest seen key, both ends of a random page, a random key; clamped to what is
-    seen. Where nothing is seen the target is 0.
+    seen. Where nothing is seen the target is 0. Law `needle_edges` has turns of its own: see harness.problem.edges.
     """
     device, page = span.query_pos.device, case.page_size
     pos = span.query_pos[:, None]  # [tokens, 1]
     first, end = visible_range(pos, span.seq_len, case.causal, case.sliding_window)
     seen = end > first
     token = torch.arange(span.tokens.start, span.tokens.stop, device=device)[:, None]
+    if case.data == "needle_edges":
+        target = edge_targets(case, token, pos, first, end, span.seq_len)
+        return torch.where(seen, target, torch.zeros_like(target)), seen
     turn = token + torch.arange(case.num_q_heads, device=device)  # [tokens, heads]
     draw = random.integers(case.data_seed, f"targets/{span.tokens.start}", turn.shape, 1 << 40, device)
     anywhere = first + draw % (end - first).clamp(min=1)  # [tokens, heads]

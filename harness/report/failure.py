@@ -17,6 +17,7 @@ STYLES: dict[Outcome, str] = {
     Outcome.PASS: "green",
     Outcome.TEST_BUG: "bold magenta",
     Outcome.BLIND: "bold yellow",
+    Outcome.ELEVATED: "bold yellow",
     Outcome.UNSUPPORTED: "cyan",
     Outcome.XFAIL: "cyan",
 }

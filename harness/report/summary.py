@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from harness.store.tightness import not_tight
 from harness.report.failure import failure_lines, one_line, outcome_style
 from harness.report.lines import WIDTH, Line, Span, labelled, line, wrap
 from harness.run.outcome import Outcome
@@ -30,6 +31,7 @@ WORDS: dict[Outcome, tuple[str, str]] = {  # outcome -> (one, many), in the orde
     Outcome.ERROR: ("harness error", "harness errors"),
     Outcome.XPASS: ("against expectation", "against expectation"),
     Outcome.PASS: ("passed", "passed"),
+    Outcome.ELEVATED: ("elevated over its twin", "elevated over their twins"),
     Outcome.XFAIL: ("failed as expected", "failed as expected"),
     Outcome.UNSUPPORTED: ("unsupported", "unsupported"),
     Outcome.BLIND: ("blind", "blind"),
@@ -60,6 +62,8 @@ def summary_lines(
         )
     if header.plants:
         lines += labelled("planted", [", ".join(header.plants)], width, "bold magenta")
+    for profile in not_tight(records):
+        lines += labelled("numerics", [f"{profile.kernel} {profile.dtype}: {profile.text}"], width, "yellow")
     return lines + _totals(tally_totals(records), log_path, width)
 
 
@@ -70,6 +74,10 @@ def failures_lines(records: Sequence[Record], max_blocks: int = MAX_BLOCKS, widt
     for group in groups[:max_blocks]:
         lines += [*failure_lines(group.example, width), *_alike(group, width), line("")]
     left = [record for group in groups[max_blocks:] for record in group.records]
+    warnings = [record for record in records if record.outcome is Outcome.ELEVATED]
+    for record in warnings[:max_blocks]:
+        lines += [*failure_lines(record, width), line("")]
+    left += warnings[max_blocks:]
     if left:
         lines += [*(one_line(record) for record in left), line("")]
     return lines

@@ -1,4 +1,4 @@
-"""Outcomes of a case. Only UNSUPPORTED and XFAIL are not failures besides PASS; nothing is ever turned into a skip."""
+"""Outcomes of a case. Besides PASS only ELEVATED, UNSUPPORTED and XFAIL are no failures; nothing becomes a skip."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ class Outcome(str, Enum):
     FAIL = "FAIL"  # the kernel is wrong
     TEST_BUG = "TEST_BUG"  # what was handed over violates the contract
     BLIND = "BLIND"  # the case could not have seen faults
+    ELEVATED = "ELEVATED"  # right, but far less accurate than the same problem on one page per sequence
     UNSUPPORTED = "UNSUPPORTED"  # declared by the contract
     XFAIL = "XFAIL"  # fails as an expectation with reason, link and expiry says
     XPASS = "XPASS"  # passes although a failure is expected
@@ -23,7 +24,7 @@ class Outcome(str, Enum):
 
     @property
     def is_failure(self) -> bool:
-        return self not in (Outcome.PASS, Outcome.UNSUPPORTED, Outcome.XFAIL)
+        return self not in (Outcome.PASS, Outcome.ELEVATED, Outcome.UNSUPPORTED, Outcome.XFAIL)
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,9 @@ class Verdict:
     ran: tuple[str, ...] = ()
     err_over_tol: float | None = None
     lse_err_over_tol: float | None = None
+    z: float | None = None  # largest |z| of tier 2, fails above 7; None where it does not apply
     seconds: dict[str, float] | None = None  # by phase: problem, cache, reference, launch, judge
     seeds: dict[str, int] | None = None
     explanation: dict[str, Any] | None = None
+    law: str = ""  # the data law that was taken, where the case left the choice open
+    tighter_err_over_tol: float | None = None  # of out, were P rounded one step more finely; ordinary data only

@@ -49,6 +49,10 @@ def _identity_table(case: Case) -> Case:
     return replace(case, placement=Placement("explicit", "identity", tuple(pages)))
 
 
+def _descales_of_one(case: Case) -> Case:
+    return case if case.kv_dtype == "auto" else replace(case, descales="one")
+
+
 def _int64_indices(args: LaunchArguments) -> LaunchArguments:
     return replace(args, block_table=args.block_table.long(), seq_lens=args.seq_lens.long())
 
@@ -95,7 +99,7 @@ PLANTS: dict[str, Plant] = {
             "K and V descales are 1: a kernel that ignores them passes",
             "BLIND",
             applies=lambda case, content: case.kv_dtype != "auto",
-            problem=lambda problem: replace(problem, k_scale=1.0, v_scale=1.0),
+            case=_descales_of_one,
         ),
         Plant(
             "identity-table",

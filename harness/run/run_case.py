@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from harness.cache.build import KVCache
 from harness.cache.effective import effective_kv
 from harness.case import Case
 from harness.errors import KernelNotFound, KernelRaised, LawError, PlacementError, SetupBug, first_line
@@ -21,15 +20,22 @@ from harness.interpreter import prepare
 from harness.kernel.contract import Contract
 from harness.kernel.launch import LaunchResult, launch
 from harness.kernel.registry import load_entry
+from harness.oracle.finer import finer_tolerance
 from harness.oracle.judge import judge
 from harness.oracle.observability import blind_to
-from harness.oracle.tolerance import rounding_of, tolerance
-from harness.problem.problem import Problem, build_problem
+from harness.oracle.tolerance import Tolerance, tolerance
+from harness.problem.admission import AUTO, NEEDLES
+from harness.problem.problem import build_problem
+from harness.run.judge_gains import with_gains
+from harness.run.observe import NO_DEMAND, Demand, choose_law, explain_unseen, observe_setup
 from harness.run.outcome import Outcome, Verdict
 from harness.run.plant import NO_PLANT, Plant
+from harness.run.reference import build_reference
 from harness.run.setup import Setup, build_arguments, check_setup
-from harness.triage.explain import explain_mismatch, explain_setup_bug
-from references.attention import AttentionInputs, AttentionReference, attend
+from harness.run.twin import with_noise_floor
+from harness.triage.bar_codes import decode_bar_codes
+from harness.triage.explain import explain_mismatch, explain_setup_bug, with_row
+from references.attention import AttentionReference
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,8 @@ class Options:
     plant: Plant = NO_PLANT
     data_seed: int | None = None  # overrides the seeds of the case
     geometry_seed: int | None = None
+    demand: Demand = NO_DEMAND  # what the matrix demands to be seen
+    noise_floor: str = "off"  # off | report | fail: whether errors are compared with those of a case's twin
 
 
 @dataclass
@@ -76,14 +84,21 @@ def run_case(case: Case, contract: Contract, options: Options) -> Verdict:
     case = options.plant.case(_reseeded(case, options))
     device = resolve_device(options.device)
     watch = Stopwatch(device)
+    law = ""
     try:
+        if case.data == AUTO:
+            with watch.phase("law"):
+                case = choose_law(case, contract, options.demand, device).taken.case
+            law = case.data
         verdict = _judged(case, contract, options, watch)
+    except (LawError, PlacementError) as error:
+        verdict = Verdict(Outcome.TEST_BUG, f"this case cannot be built: {error}")
     except torch.OutOfMemoryError as error:
         verdict = Verdict(Outcome.OUT_OF_MEMORY, first_line(error))
     except torch.AcceleratorError as error:
         verdict = Verdict(Outcome.CRASH, f"the device context died: {first_line(error)}")
     seeds = {"geometry": case.geometry_seed, "data": case.data_seed}
-    return replace(verdict, seconds=watch.seconds, seeds=seeds)
+    return replace(verdict, seconds=watch.seconds, seeds=seeds, law=law)
 
 
 def _reseeded(case: Case, options: Options) -> Case:
@@ -102,62 +117,57 @@ def _judged(case: Case, contract: Contract, options: Options, watch: Stopwatch) 
                 check_setup(setup, contract)
     except SetupBug as bug:
         return Verdict(Outcome.TEST_BUG, f"before launch: {bug}", explanation=explain_setup_bug(bug))
-    except (LawError, PlacementError) as error:
-        return Verdict(Outcome.TEST_BUG, f"this case cannot be built: {error}")
     if blind := _blindness(setup):
         return Verdict(Outcome.BLIND, blind)
-    return _launched(contract, setup, watch)
+    return _launched(contract, setup, options, watch)
 
 
 def _blindness(setup: Setup) -> str | None:
     """Why this set-up could not show some fault, or None."""
     problem, cache = setup.problem, setup.cache
     found = blind_to(
-        kv_dtype=problem.case.kv_dtype, k_scale=problem.k_scale, v_scale=problem.v_scale, pages=cache.pages
+        kv_dtype=problem.case.kv_dtype,
+        k_descale=problem.descale("k"),
+        v_descale=problem.descale("v"),
+        pages=cache.pages,
     )
     return "; ".join(f"cannot see {b.fault}: {b.because}" for b in found) or None
 
 
-def _launched(contract: Contract, setup: Setup, watch: Stopwatch) -> Verdict:
+def _launched(contract: Contract, setup: Setup, options: Options, watch: Stopwatch) -> Verdict:
     case = setup.problem.case
     try:
         with watch.phase("import"):
             launcher = load_entry(contract)
         with watch.phase("reference"):  # before the launch: a kernel that changes its inputs must not move it
             reference = build_reference(setup.problem, setup.cache, contract)
+            structured = setup.problem.structured
+            allowed = tolerance(reference, contract.numerics, case.dtype, case.head_size, structured=structured)
+        if options.contract_checks and options.demand.must_see:
+            with watch.phase("observe"):
+                seen = observe_setup(setup, contract, reference, allowed, options.demand)
+            if seen.unseen:
+                explanation = explain_unseen(seen, contract, options.demand, watch.device)
+                return Verdict(Outcome.BLIND, explanation["summary"], explanation=explanation)
         with watch.phase("launch"):
             result = launch(contract, case, launcher, setup.args, setup.outputs, program_order_seed=case.geometry_seed)
         with watch.phase("judge"):
-            return _verdict(contract, setup, reference, result)
+            verdict = _verdict(contract, setup, reference, allowed, result)
+        if options.noise_floor == "off" or verdict.outcome is not Outcome.PASS:
+            return verdict
+        with watch.phase("twin"):
+            fail = options.noise_floor == "fail"
+            return with_noise_floor(verdict, contract, setup, reference, allowed, launcher, fail=fail)
     except KernelNotFound as error:
         return Verdict(Outcome.ERROR, str(error))
     except KernelRaised as error:
         return Verdict(Outcome.FAIL, str(error))
 
 
-def build_reference(problem: Problem, cache: KVCache, contract: Contract) -> AttentionReference:
-    """float64 attention over what a right kernel sees: dequantised stored bytes and raw new tokens."""
-    case, numerics = problem.case, contract.numerics
-    k, v = effective_kv(problem, cache, contract.content, round_to_q=numerics.kv_dequant == "round_to_q")
-    inputs = AttentionInputs(
-        q=problem.q,
-        k=k,
-        v=v,
-        query_lens=case.rows.query_lens,
-        seq_lens=case.rows.seq_lens,
-        softmax_scale=problem.softmax_scale,
-        causal=case.causal,
-        sliding_window=case.sliding_window,
-        logits_soft_cap=case.logits_soft_cap,
-        alibi_slopes=problem.alibi_slopes,
-        sinks=problem.sinks,
-    )
-    return attend(inputs, rounding_of(numerics, case.dtype))
-
-
-def _verdict(contract: Contract, setup: Setup, reference: AttentionReference, result: LaunchResult) -> Verdict:
+def _verdict(
+    contract: Contract, setup: Setup, reference: AttentionReference, allowed: Tolerance, result: LaunchResult
+) -> Verdict:
     case = setup.problem.case
-    allowed = tolerance(reference, contract.numerics, case.dtype, case.head_size, structured=setup.problem.structured)
     out, lse = setup.outputs[0], setup.outputs[1] if contract.returns_lse else None
     findings = judge(
         out.tensor,
@@ -166,13 +176,30 @@ def _verdict(contract: Contract, setup: Setup, reference: AttentionReference, re
         allowed,
         unwritten=tuple(output.unwritten() for output in setup.outputs),
         violations=result.violations,
-        exact=case.data == "needle",
+        exact=case.data in NEEDLES,
     )
+    findings = with_gains(findings, contract, setup)
     tensors = {t.name: t.err_over_tol for t in findings.tensors}
     verdict = Verdict(
-        Outcome.PASS, "", ran=result.ran, err_over_tol=tensors["out"], lse_err_over_tol=tensors.get("lse")
+        Outcome.PASS,
+        "",
+        ran=result.ran,
+        err_over_tol=tensors["out"],
+        lse_err_over_tol=tensors.get("lse"),
+        z=findings.gains.z if findings.gains.num_statistics else None,
     )
     if findings.clean:
-        return verdict
+        return replace(verdict, tighter_err_over_tol=_tighter(contract, setup, reference))
     explanation = explain_mismatch(case, findings)
+    if case.data == "bar_codes":
+        _, values = effective_kv(setup.problem, setup.cache, contract.content)
+        read = decode_bar_codes(out.tensor.double() * allowed.out_scale, setup.problem, values)
+        explanation = with_row(explanation, "attended", *read) if read else explanation
     return replace(verdict, outcome=Outcome.FAIL, reason=explanation["summary"], explanation=explanation)
+
+
+def _tighter(contract: Contract, setup: Setup, reference: AttentionReference) -> float | None:
+    """Error of out over the tolerance it would have if P were rounded one step more finely; for ordinary data."""
+    case = setup.problem.case
+    finer = finer_tolerance(reference, contract.numerics, case.dtype, case.head_size) if case.data == "normal" else None
+    return None if finer is None else judge(setup.outputs[0].tensor, None, reference, finer).err_over_tol

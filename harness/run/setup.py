@@ -65,6 +65,7 @@ def build_arguments(problem: Problem, contract: Contract, plant: Plant = NO_PLAN
         num_splits=case.num_splits or 0,
         out=outputs[0].tensor,
         lse=outputs[1].tensor if contract.returns_lse else None,
+        kv_block_descale=cache.kv_block_descale,
     )
     return Setup(problem, cache, plant.arguments(args), outputs)
 

@@ -15,7 +15,7 @@ from harness.errors import AttnregError
 from harness.run.outcome import Outcome, Verdict
 from harness.store.plain import as_float, dump_line, plain_dict
 
-FORMAT_VERSION = 1  # raise it whenever a field of Record or Header is added, removed or changes its meaning
+FORMAT_VERSION = 2  # raise it whenever a field of Record or Header is added, removed or changes its meaning
 
 
 class MalformedRecord(AttnregError):
@@ -39,12 +39,15 @@ class Record:
     ran: tuple[str, ...] = ()  # device kernels that were launched
     err_over_tol: float | None = None  # worst error of out in units of its tolerance
     lse_err_over_tol: float | None = None
+    z: float | None = None  # largest |z| of the page matched filter
+    tighter_err_over_tol: float | None = None  # as in harness.run.outcome
     seeds: dict[str, int] = field(default_factory=dict)  # geometry, data
     seconds: dict[str, float] = field(default_factory=dict)  # by phase
     reproduce: str = ""
     explanation: dict[str, Any] | None = None  # harness.triage
     worker: str = ""
     case: dict[str, Any] = field(default_factory=dict)  # axis values
+    law: str = ""  # the data law that was taken for `data: auto`
 
     @classmethod
     def of(
@@ -73,12 +76,15 @@ class Record:
             ran=tuple(verdict.ran),
             err_over_tol=verdict.err_over_tol,
             lse_err_over_tol=verdict.lse_err_over_tol,
+            z=verdict.z,
+            tighter_err_over_tol=verdict.tighter_err_over_tol,
             seeds=seeds,
             seconds=dict(verdict.seconds or {}),
             reproduce=reproduce,
             explanation=None if verdict.explanation is None else plain_dict(verdict.explanation),
             worker=worker,
             case=plain_dict(asdict(case)),
+            law=verdict.law,
         )
 
     def to_json(self) -> str:
@@ -92,7 +98,7 @@ class Record:
             values["outcome"] = Outcome(values["outcome"])
             values["ran"] = tuple(values["ran"])
             values["seconds"] = {phase: as_float(seconds) for phase, seconds in values["seconds"].items()}
-            for name in ("err_over_tol", "lse_err_over_tol"):
+            for name in ("err_over_tol", "lse_err_over_tol", "z", "tighter_err_over_tol"):
                 values[name] = None if values[name] is None else as_float(values[name])
         except (ValueError, TypeError, AttributeError) as error:
             raise MalformedRecord(f"record '{values['id']}': {error}") from None

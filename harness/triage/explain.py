@@ -15,6 +15,7 @@ from harness.case import Case
 from harness.errors import SetupBug
 from harness.oracle.findings import Findings, TensorFindings, Worst
 from harness.store.plain import plain_dict
+from harness.triage.gains import gain_summary, tell_gains, tell_hull
 from harness.triage.hints import Hint, compare_tensors, find_hints
 from harness.triage.pattern import Pattern, find_pattern
 from harness.triage.place import RowPart, places
@@ -53,6 +54,12 @@ def explain_mismatch(case: Case, findings: Findings) -> dict[str, Any]:
         heat = heat or [vars(strip) for strip in pattern.heat]
         hints += [hint for hint in seen if hint.key not in {h.key for h in hints}]
         shape.append(_shape(found, pattern, seen))
+    if findings.hull.num_outside:
+        rows["hull"] = tell_hull(findings.hull)
+        shape.append("hull")
+    if findings.gains.best is not None:
+        rows |= tell_gains(case, findings.gains)
+        shape.append(f"gain: {findings.gains.best.kind}")
     hints += compare_tensors(findings)
     present, absent = _kinds(findings)
     if present:
@@ -64,9 +71,11 @@ def explain_mismatch(case: Case, findings: Findings) -> dict[str, Any]:
     return plain_dict(
         {
             "rows": rows,
-            "summary": _summary(findings, rows),
+            "summary": _summary(findings, rows) or gain_summary(case, findings.gains),
             "tensors": tensors,
             "heat": heat,
+            "gains": {"z": findings.gains.z, "found": [vars(gain) for gain in findings.gains.gains]}
+            | ({"source": vars(findings.gains.source)} if findings.gains.source else {}),
             "hints": [hint.key for hint in hints],
             "shape": "; ".join(shape),
         }
@@ -116,7 +125,7 @@ def with_row(explanation: Mapping[str, Any] | None, label: str, *lines: str) -> 
 
 
 def _summary(findings: Findings, rows: Mapping[str, Sequence[str]]) -> str:
-    first = next((rows[label][0] for label in ("wrong", "lse", "violates") if label in rows), "")
+    first = next((rows[label][0] for label in ("wrong", "lse", "violates", "hull") if label in rows), "")
     label = "lse: " if "wrong" not in rows and "lse" in rows else ""
     worst = f", worst {_ratio(findings.err_over_tol)}" if any(t.num_mismatched for t in findings.tensors) else ""
     broken = rows.get("violates", ())
@@ -194,6 +203,7 @@ def _kinds(findings: Findings) -> tuple[list[str], list[str]]:
         ("NaN", sum(t.num_nan for t in findings.tensors)),
         ("Inf", sum(t.num_inf for t in findings.tensors)),
         ("unwritten", sum(t.num_unwritten for t in findings.tensors)),
+        *((("outside the range of V", findings.hull.num_outside),) if findings.hull.num_elements else ()),
     ):
         if amount:
             present.append(f"{amount:,} {name}")

@@ -33,7 +33,9 @@ def gather(args: LaunchArguments, seq: int, seq_len: int) -> tuple[torch.Tensor,
     page = args.block_table[seq, position // page_size].long()  # [seq_len]
     slot = position % page_size  # [seq_len]
     pair = []
-    for cache, scale in ((args.k_cache, args.k_scale), (args.v_cache, args.v_scale)):
+    for kind, (cache, scale) in enumerate(((args.k_cache, args.k_scale), (args.v_cache, args.v_scale))):
+        if args.kv_block_descale is not None:
+            scale = args.kv_block_descale[page, :, kind, None]  # [seq_len, num_kv_heads, 1]
         stored = cache.view(torch.uint8) if cache.element_size() == 1 else cache  # 8-bit floats are not indexable
         tokens = stored[page, slot] if linear else stored[page, :, :, slot].flatten(2)  # [seq_len, num_kv_heads, d]
         if args.kv_dtype != "auto":

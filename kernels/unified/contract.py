@@ -25,6 +25,7 @@ KERNELS: tuple[Contract, ...] = (
         entry="unified_paged.py:launch",
         content=Content.ALL,
         features=_FEATURES,
+        descales=frozenset({"per_tensor", "one", "quiet", "loud"}),
         launches=("unified_paged_kernel", "split_kv_combine_kernel"),
         takes=_takes,
         needs=("triton",),

@@ -23,11 +23,11 @@ from .split_kv import keys_per_split, split_kv_combine_kernel
 # compilations. The strides that may be innermost do know the value 1, which is what makes loads coalesce.
 _RUNTIME = (
     "q_ptr", "k_cache_ptr", "v_cache_ptr", "block_table_ptr", "query_start_loc_ptr", "seq_lens_ptr", "k_scale_ptr",
-    "v_scale_ptr", "alibi_slopes_ptr", "sinks_ptr", "out_ptr", "lse_ptr", "partial_out_ptr", "partial_max_ptr",
-    "partial_sum_ptr", "gqa_ratio", "head_size", "head_size_v", "page_size", "window", "num_splits", "num_tokens",
-    "num_q_heads", "q_stride_token", "q_stride_head", "out_stride_token", "out_stride_head", "lse_stride_token",
-    "lse_stride_head", "table_stride", "k_stride_page", "k_stride_slot", "k_stride_head", "v_stride_page",
-    "v_stride_head",
+    "v_scale_ptr", "kv_block_descale_ptr", "alibi_slopes_ptr", "sinks_ptr", "out_ptr", "lse_ptr", "partial_out_ptr",
+    "partial_max_ptr", "partial_sum_ptr", "gqa_ratio", "head_size", "head_size_v", "page_size", "window", "num_splits",
+    "num_tokens", "num_q_heads", "q_stride_token", "q_stride_head", "out_stride_token", "out_stride_head",
+    "lse_stride_token", "lse_stride_head", "table_stride", "k_stride_page", "k_stride_slot", "k_stride_head",
+    "v_stride_page", "v_stride_head", "descale_stride_page", "descale_stride_head", "descale_stride_kind",
 )  # fmt: skip
 _INNERMOST = ("q_stride_dim", "out_stride_dim", "k_stride_dim", "k_stride_lane", "v_stride_slot", "v_stride_dim")
 
@@ -42,6 +42,7 @@ def unified_paged_kernel(
     seq_lens_ptr,  # [num_seqs] int32
     k_scale_ptr,  # [1] float32
     v_scale_ptr,  # [1] float32
+    kv_block_descale_ptr,  # [num_pages, num_kv_heads, 2] float32 or None
     alibi_slopes_ptr,  # [num_q_heads] float32 or None
     sinks_ptr,  # [num_q_heads] float32 or None
     out_ptr,  # [num_tokens, num_q_heads, head_size_v]
@@ -77,10 +78,14 @@ def unified_paged_kernel(
     v_stride_slot: tl.int64,
     v_stride_head: tl.int64,
     v_stride_dim: tl.int64,
+    descale_stride_page: tl.int64,
+    descale_stride_head: tl.int64,
+    descale_stride_kind: tl.int64,
     VECTOR: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
     QUANTISED: tl.constexpr,
+    PER_PAGE_DESCALE: tl.constexpr,
     SPLIT_KV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -129,7 +134,7 @@ def unified_paged_kernel(
     q = tl.load(q_ptr + q_offsets, mask=present[:, None] & (dim < head_size)[None, :], other=0.0)
     if alibi_slopes_ptr is not None:
         slope = tl.load(alibi_slopes_ptr + head, mask=present, other=0.0)
-    if QUANTISED:
+    if QUANTISED and not PER_PAGE_DESCALE:
         k_scale = tl.load(k_scale_ptr)
         v_scale = tl.load(v_scale_ptr)
 
@@ -151,6 +156,9 @@ def unified_paged_kernel(
             k_stride_page, k_stride_slot, k_stride_head, k_stride_dim, k_stride_lane, VECTOR,
         )  # fmt: skip
         k = tl.load(k_cache_ptr + k_offsets, mask=cached[None, :] & (dim < head_size)[:, None], other=0.0)
+        if PER_PAGE_DESCALE:
+            descale_offsets = page.to(tl.int64) * descale_stride_page + kv_head * descale_stride_head
+            k_scale = tl.load(kv_block_descale_ptr + descale_offsets, mask=cached, other=1.0)[None, :]
         if QUANTISED:
             k = (k.to(tl.float32) * k_scale).to(q.dtype)
 
@@ -174,6 +182,9 @@ def unified_paged_kernel(
         )  # fmt: skip
         # 0 * NaN is NaN: values behind the last token must not be loaded, a zero weight does not hide them.
         v = tl.load(v_cache_ptr + v_offsets, mask=cached[:, None] & (dim_v < head_size_v)[None, :], other=0.0)
+        if PER_PAGE_DESCALE:
+            v_scale = tl.load(kv_block_descale_ptr + descale_offsets + descale_stride_kind, mask=cached, other=1.0)
+            v_scale = v_scale[:, None]
         if QUANTISED:
             v = (v.to(tl.float32) * v_scale).to(q.dtype)
         acc = acc * alpha[:, None] + tl.dot(p.to(q.dtype), v, input_precision="ieee")
@@ -223,6 +234,7 @@ def launch(args: LaunchArguments) -> None:
     tiles = tiles_for(head_size, head_size_v, args.q.element_size(), max_rows)
     num_tiles, num_seqs = triton.cdiv(max_rows, tiles.rows), args.seq_lens.shape[0]
     lse_strides = (0, 0) if args.lse is None else args.lse.stride()
+    descale_strides = (0, 0, 0) if args.kv_block_descale is None else args.kv_block_descale.stride()
     splits = max(args.num_splits, 1)
 
     partial_out = partial_max = partial_sum = None
@@ -234,16 +246,17 @@ def launch(args: LaunchArguments) -> None:
 
     unified_paged_kernel[(num_tiles * splits, num_kv_heads, num_seqs)](
         args.q, args.k_cache, args.v_cache, args.block_table, args.query_start_loc, args.seq_lens,
-        args.k_scale, args.v_scale, args.alibi_slopes, args.sinks, args.out, args.lse,
+        args.k_scale, args.v_scale, args.kv_block_descale, args.alibi_slopes, args.sinks, args.out, args.lse,
         partial_out, partial_max, partial_sum,
         args.softmax_scale, args.logits_soft_cap,
         gqa_ratio, head_size, head_size_v, page_size_of(args.k_cache, args.layout), args.sliding_window,
         splits, num_tokens, num_q_heads,
         *args.q.stride(), *args.out.stride(), *lse_strides, args.block_table.stride(0),
         k_strides.page, k_strides.slot, k_strides.head, k_strides.dim, k_strides.lane,
-        v_strides.page, v_strides.slot, v_strides.head, v_strides.dim,
+        v_strides.page, v_strides.slot, v_strides.head, v_strides.dim, *descale_strides,
         VECTOR=k_strides.vector, CAUSAL=args.causal, HAS_SOFT_CAP=args.logits_soft_cap > 0,
-        QUANTISED=args.kv_dtype != "auto", SPLIT_KV=args.num_splits > 0,
+        QUANTISED=args.kv_dtype != "auto", PER_PAGE_DESCALE=args.kv_block_descale is not None,
+        SPLIT_KV=args.num_splits > 0,
         BLOCK_M=tiles.rows, BLOCK_N=tiles.keys, BLOCK_D=tiles.dims, BLOCK_DV=tiles.dims_v, num_stages=1,
     )  # fmt: skip
     if args.num_splits:

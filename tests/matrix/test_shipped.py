@@ -75,6 +75,7 @@ def test_smoke_is_small_enough_for_an_interpreter() -> None:
     assert sum(costs) <= 12_000
 
 
+LOUD_LAWS = ("needle_edges", "rising", "falling", "large", "biased", "bar_codes")
 FEATURES: dict[str, Callable[[Case], bool]] = {
     "sliding window": lambda c: c.sliding_window is not None,
     "soft cap": lambda c: c.logits_soft_cap is not None,
@@ -90,6 +91,7 @@ FEATURES: dict[str, Callable[[Case], bool]] = {
     "negative scores": lambda c: c.data == "negative",
     "outliers": lambda c: c.data == "outliers",
     "uniform": lambda c: c.data == "uniform",
+    **{law: lambda c, law=law: c.data == law for law in LOUD_LAWS},  # type: ignore[misc]
     "strided cache": lambda c: c.strides == "cache",
     "strided everything": lambda c: c.strides == "all",
     "page ids out of range": lambda c: c.table_padding == "out_of_range",
@@ -107,6 +109,13 @@ def test_every_kernel_meets_every_feature_before_nightly(kernel: str) -> None:
     own = [case for case in cases("smoke") + cases("ci") if case.kernel == kernel]
     missing = [name for name, has in FEATURES.items() if not any(has(case) for case in own)]
     assert missing == []
+
+
+@pytest.mark.parametrize("descales", ["quiet", "loud"])
+def test_kernels_that_take_descales_by_page_get_them_in_smoke(descales: str) -> None:
+    takers = {name for name, contract in contracts().items() if descales in contract.descales}
+    assert takers == {"torch_sdpa_paged", "unified_paged"}
+    assert {case.kernel for case in cases("smoke") if case.descales == descales} == takers
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

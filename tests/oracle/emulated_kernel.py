@@ -46,7 +46,8 @@ def run_emulated(
         keys = slice(first_key, first_key + seq_len)
         k = inputs.k[keys].float().transpose(0, 1).repeat_interleave(group, 0)  # [heads, keys, d]
         v = inputs.v[keys].float().transpose(0, 1).repeat_interleave(group, 0)  # [heads, keys, dv]
-        distance = torch.arange(seq_len) - torch.arange(seq_len - query_len, seq_len)[:, None]  # [rows, keys]
+        positions = torch.arange(seq_len - query_len, seq_len, device=q.device)  # [rows]
+        distance = torch.arange(seq_len, device=q.device) - positions[:, None]  # [rows, keys]
         logits = _logits(inputs, q @ k.transpose(1, 2), distance, causal_shift)
         logits[..., seq_len - dropped_keys :] = float("-inf")
         out, lse = _softmax_v(inputs, profile, q_dtype, schedule, logits, v)

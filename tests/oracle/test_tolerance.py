@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -17,6 +16,7 @@ from harness.oracle.judge import judge
 from harness.oracle.tolerance import rounding_of, tolerance
 from references.attention import AttentionInputs, attend
 from tests.oracle.cases import FEATURES, judged, make_case, ratios
+from tests.oracle.dense_tolerance import dense_tolerance
 from tests.oracle.emulated_kernel import Schedule, run_emulated
 
 PROFILES = {
@@ -48,7 +48,7 @@ def test_honest_kernels_pass_on_every_law_and_are_not_far_below_on_normal(name: 
             worst = max(worst, got["out"])
         all_fp32 = q_dtype == "fp32" and element_type(profile.p_type(q_dtype)).size == 4
         if law == "normal":
-            assert worst > (0.02 if all_fp32 else 0.25), "the tolerance is too loose to test anything"
+            assert worst > (0.1 if all_fp32 else 0.25), "the tolerance is too loose to test anything"
 
 
 @pytest.mark.parametrize("q_dtype", ["fp16", "bf16", "fp32"])
@@ -88,16 +88,44 @@ def test_a_kernel_that_rounds_more_coarsely_than_declared_fails(runs: str, decla
     assert ratios(judged(inputs, out, lse, replace(honest, p_dtype=declares), "fp32"))["out"] > 1
 
 
-def test_equal_errors_need_the_structured_bound() -> None:
-    """Eight distinct keys, each many times over, round alike: the independent bound is exceeded, the other never."""
+def test_repeated_keys_round_alike_and_are_found() -> None:
+    """Eight distinct keys, each many times over: the independent bound is exceeded, what repeats allow for never."""
     over = 0.0
+    profile = NumericsProfile(p_dtype="bf16")
     for seed in range(4):
         inputs = make_case("structured", "fp32", lengths=((8,), (4000,)), seed=seed, causal=False)
-        profile = NumericsProfile(p_dtype="bf16")
         out, lse = run_emulated(inputs, profile, "fp32")
-        over = max(over, ratios(judged(inputs, out, lse, profile, "fp32"))["out"])
+        assert ratios(judged(inputs, out, lse, profile, "fp32"))["out"] < 1
         assert ratios(judged(inputs, out, lse, profile, "fp32", structured=True))["out"] < 1
+        reference = attend(inputs, rounding_of(profile, "fp32"))
+        assert float(reference.key_repeats.min()) == 500
+        unaware = replace(reference, key_repeats=torch.ones_like(reference.key_repeats))
+        found = judge(out, lse, reference, tolerance(unaware, profile, "fp32", 64))
+        over = max(over, found.tensors[0].err_over_tol)
     assert over > 1
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_equal_probabilities_round_alike_and_are_found(sinks: bool) -> None:
+    """No key repeats, but queries are so small that all probabilities round to the same number."""
+    profile = NumericsProfile(p_dtype="bf16")
+    inputs = make_case("normal", "fp32", lengths=((8,), (3000,)), causal=False, sinks=sinks)
+    inputs = replace(inputs, q=inputs.q * 4e-4, v=inputs.v + 1)
+    out, lse = run_emulated(inputs, profile, "fp32")
+    reference = attend(inputs, rounding_of(profile, "fp32"))
+    assert float(reference.key_repeats.max()) == 1
+    assert judge(out, lse, reference, tolerance(reference, profile, "fp32", 64)).clean
+    unaware = replace(reference, row_square=reference.row_square * 2)
+    assert judge(out, lse, reference, tolerance(unaware, profile, "fp32", 64)).err_over_tol > 2
+
+
+@pytest.mark.parametrize("q_dtype", ["fp16", "bf16", "fp32"])
+def test_ordinary_data_are_not_taken_for_structured(q_dtype: str) -> None:
+    inputs = make_case("normal", q_dtype, lengths=((40,), (600,)))
+    profile = NumericsProfile()
+    reference = attend(inputs, rounding_of(profile, q_dtype))
+    free, certain = (tolerance(reference, profile, q_dtype, 64, structured=s).out for s in (False, True))
+    assert float((free / certain).mean()) < 0.75
 
 
 def test_truncating_accumulators_are_allowed_for_matrix_units_only() -> None:
@@ -105,22 +133,14 @@ def test_truncating_accumulators_are_allowed_for_matrix_units_only() -> None:
     n = 8192
     inputs = make_case("normal", "fp32", lengths=((4,), (n,)), causal=False)
     inputs = replace(inputs, v=inputs.v * 0.1 + 1)
-    reference = attend(inputs, rounding_of(NumericsProfile(), "fp32"))
-    low = (reference.out * (1 - 0.1 * n * 2.0**-24)).float()  # -0.1 n u: what such units measure
-    by_units = {}
-    for mma in ("wgmma", "simt"):
-        profile = NumericsProfile(mma=mma, p_dtype="fp16", out_dtype="fp32")
-        allowed = tolerance(attend(inputs, rounding_of(profile, "fp32")), profile, "fp32", 64)
-        without_cast = allowed.out - tolerance_of_cast(inputs, profile)
-        by_units[mma] = float(((low.double() - reference.out).abs() / without_cast).max())
-    assert by_units["wgmma"] < 1 < by_units["simt"]
-
-
-def tolerance_of_cast(inputs: AttentionInputs, profile: NumericsProfile) -> torch.Tensor:
-    """The part of the tolerance that is due to P's rounding, from its definition."""
-    r = attend(inputs, rounding_of(profile, "fp32"))
-    lam = math.sqrt(2 * math.log(2e15) / 3)
-    return (1 + 2.0**-24) * (torch.minimum(lam * r.cast_square.sqrt(), r.cast_sum) + r.flush_sum)
+    low = 0.1 * n * 2.0**-24  # relative: what such units measure
+    scalar, matrix = (NumericsProfile(mma=mma, p_dtype="fp16", out_dtype="fp32") for mma in ("simt", "wgmma"))
+    reference = attend(inputs, rounding_of(scalar, "fp32"))
+    extra = tolerance(reference, matrix, "fp32", 64).out - tolerance(reference, scalar, "fp32", 64).out
+    assert bool((extra > low * reference.out).all())
+    exact = NumericsProfile(mma="simt", p_dtype="fp32", out_dtype="fp32")
+    reference = attend(inputs, rounding_of(exact, "fp32"))
+    assert bool((tolerance(reference, exact, "fp32", 64).out < low * reference.out).all())
 
 
 @pytest.mark.parametrize("structured", [False, True])
@@ -137,61 +157,6 @@ def test_agrees_with_the_formulas_written_densely(name: str, q_dtype: str, struc
     all_fp32 = "fp32" in (profile.p_type(q_dtype), profile.out_type(q_dtype)) and q_dtype == "fp32"
     assert float(ratio.mean()) < (2.5 if all_fp32 or name == "fp32_p" else 1.1)
     assert 1 - 1e-9 < float(lse_ratio.min()) <= float(lse_ratio.max()) < 2.5
-
-
-def dense_tolerance(
-    inputs: AttentionInputs, profile: NumericsProfile, q_dtype: str, structured: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One head, one sequence, causal, soft cap only: (out [rows, d], lse [rows])."""
-    q, k, v = inputs.q[:, 0].double(), inputs.k[:, 0].double(), inputs.v[:, 0].double()
-    rows, n, d = len(q), len(k), q.shape[1]
-    cap = inputs.logits_soft_cap or math.inf
-    s = cap * torch.tanh(inputs.softmax_scale * (q @ k.T) / cap)
-    hidden = torch.arange(n) > torch.arange(n - rows, n)[:, None]
-    s = s.masked_fill(hidden, -math.inf)
-    p, lse = s.softmax(-1), s.logsumexp(-1)
-    o, length = p @ v, torch.exp(lse - s.amax(-1))[:, None]
-    u32, lam = 2.0**-24, math.sqrt(2 * math.log(2 / 1e-15) / 3)
-    p_type, out_type = element_type(profile.p_type(q_dtype)), element_type(profile.out_type(q_dtype))
-
-    eta = p_type.half_subnormal / profile.p_scale / length
-    a = torch.maximum(p_type.unit_roundoff * p, torch.minimum(p, eta))
-    kept, flushed = a.masked_fill(p < 2 * eta, 0), a.masked_fill(p >= 2 * eta, 0)
-    variance, bound, flush = (kept**2) @ v**2, kept @ v.abs(), flushed @ v.abs()
-    raw_variance = variance
-    if profile.sum_after_cast:
-        about_mean = ((kept**2)[:, :, None] * (v[None] - o[:, None]) ** 2).sum(1)
-        variance = torch.maximum(variance, about_mean)
-        bound = bound + o.abs() * kept.sum(-1, keepdim=True)
-        flush = flush + o.abs() * flushed.sum(-1, keepdim=True)
-    cast = (bound if structured else torch.minimum(lam * variance.sqrt(), bound)) + flush
-    row_error = torch.zeros(rows, dtype=torch.float64)
-    if profile.sum_after_cast:
-        row_error = kept.sum(-1) if structured else torch.minimum(lam * (kept**2).sum(-1).sqrt(), kept.sum(-1))
-        row_error = row_error + flushed.sum(-1)
-
-    products = inputs.softmax_scale * (q.abs() @ k.abs().T)
-    finite = s.masked_fill(hidden, 0)
-    b = 2 * math.sqrt(d) * u32 * products + 8 * u32 * (1 + cap + finite.abs())
-    logit = (p * b) @ v.abs() + o.abs() * (p * b).sum(-1, keepdim=True)
-
-    seen = (~hidden).sum(-1, keepdim=True).double()
-    depth = {"fp16": 16, "bf16": 16, "fp8_e4m3": 32}.get(p_type.name)
-    truncation = 2.5 * seen / depth * 2.0**-23 if depth and profile.mma != "simt" else 0 * seen
-    limit = torch.maximum(seen * u32, truncation) * (p @ v.abs())
-    spread = lam * raw_variance.sqrt() / p_type.unit_roundoff
-    accumulate = truncation * (o.abs() / 2 + spread) + 4 * seen.sqrt() * u32 * (o.abs() + spread)
-    accumulate = limit if structured else torch.minimum(accumulate, limit)
-    if profile.split_partial_dtype != "fp32":
-        accumulate = accumulate + element_type(profile.split_partial_dtype).unit_roundoff * (p @ v.abs())
-
-    u_out = out_type.unit_roundoff
-    out = (
-        (1 + u_out) * (cast / (1 - row_error)[:, None] + logit + accumulate) + u_out * o.abs() + out_type.half_subnormal
-    )
-    lse_allowed = (p * b).sum(-1) + 8 * u32 * (lse.abs() + 1) + 4 * u32 * seen[:, 0].sqrt()
-    lse_allowed -= torch.log1p(-row_error)
-    return out, lse_allowed
 
 
 def test_the_reference_must_be_of_the_same_rounding() -> None:

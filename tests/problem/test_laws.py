@@ -10,7 +10,7 @@ import torch
 from harness.case import Case, Placement, Rows
 from harness.dtypes import element_type
 from harness.errors import LawError, PlacementError
-from harness.problem.admission import LAWS
+from harness.problem.admission import LAWS, law_refusal
 from harness.problem.masks import visible
 from harness.problem.problem import Problem, build_problem
 
@@ -29,17 +29,17 @@ VARIANTS = {
 }
 
 
-def stored(values: torch.Tensor, scale: float, case: Case) -> torch.Tensor:
+def stored(values: torch.Tensor, descale: torch.Tensor, case: Case) -> torch.Tensor:
     """What a right kernel reads back: float64."""
     if case.kv_dtype == "auto":
         return values.double()
-    return (values.float() / torch.tensor(scale)).to(element_type(case.kv_dtype).torch).double() * scale
+    return (values.float() / descale).to(element_type(case.kv_dtype).torch).double() * descale
 
 
 def rows_of(problem: Problem) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Per sequence with keys: scores [tokens, heads, keys], seen [tokens, keys], query positions [tokens]."""
     case, token = problem.case, 0
-    k = stored(problem.k, problem.k_scale, case).repeat_interleave(case.gqa_ratio, dim=1)
+    k = stored(problem.k, problem.descale("k"), case).repeat_interleave(case.gqa_ratio, dim=1)
     for seq, (query_len, context) in enumerate(zip(case.rows.query_lens, case.rows.context_lens, strict=True)):
         keys = k[problem.key_start[seq] : problem.key_start[seq + 1]]
         q = problem.q[token : token + query_len].double()
@@ -73,22 +73,29 @@ def least_peak(problem: Problem) -> float:
 @pytest.mark.parametrize("data", LAWS)
 def test_laws_build_everywhere_and_the_same_each_time(data: str, variant: str) -> None:
     case = replace(BASE, data=data, **VARIANTS[variant])
+    if law_refusal(case):
+        with pytest.raises(LawError, match=f"^{data}: "):
+            build_problem(case, "cpu")
+        return
     a, b, c = (build_problem(replace(case, data_seed=seed), "cpu") for seed in (0, 0, 1))
     for name in ("q", "k", "v"):
         x, y, z = (getattr(p, name) for p in (a, b, c))
         assert x.dtype == element_type(case.dtype).torch
         assert bool(x.isfinite().all())
         assert torch.equal(x, y)
-        assert (data == "uniform" and name == "q") or not torch.equal(x, z)
+        same = (data in ("uniform", "bar_codes") and name == "q") or (data == "bar_codes" and name == "v")
+        assert same == torch.equal(x, z)
     assert a.q.shape == (52, 8, case.head_size)
     assert a.k.shape == (a.key_start[-1], case.num_kv_heads, case.head_size)
     assert a.key_start == (0, 105, 406, 446, 494, 496, 496)
-    assert a.structured == (data in ("uniform", "needle"))
+    assert a.structured == (data in ("uniform", "needle", "needle_edges", "bar_codes", "tiny"))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_needle_has_all_the_mass(variant: str) -> None:
-    case = replace(BASE, data="needle", **VARIANTS[variant])
+@pytest.mark.parametrize("variant", [*VARIANTS, "fp8, loud descales"])
+@pytest.mark.parametrize("data", ["needle", "needle_edges"])
+def test_a_needle_has_all_the_mass(data: str, variant: str) -> None:
+    loud = {"kv_dtype": "fp8_e4m3", "descales": "loud", "sliding_window": 40}
+    case = replace(BASE, data=data, **VARIANTS.get(variant, loud))
     problem = build_problem(case, "cpu")
     for scores, seen, _ in rows_of(problem):
         if seen.any():
@@ -189,7 +196,8 @@ def test_outliers_are_rare_and_large() -> None:
 
 
 def test_sinks_are_near_the_lse_of_typical_rows() -> None:
-    for data in ("normal", "probe", "uniform", "outliers", "negative"):
+    laws = ("normal", "probe", "uniform", "outliers", "negative", "rising", "falling", "large", "biased", "bar_codes")
+    for data in laws:
         problem = build_problem(replace(BASE, data=data, sinks=True, rows=Rows("r", (8, 1), (250, 200))), "cpu")
         assert problem.sinks is not None
         lse = torch.cat([s.masked_fill(~seen[:, None, :], -math.inf).logsumexp(2) for s, seen, _ in rows_of(problem)])

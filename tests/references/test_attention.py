@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from references.attention import AttentionInputs, AttentionReference, Rounding, attend
+from references.attention import AttentionInputs, Rounding, attend
 from references.naive import naive_attention
 
 ROUNDINGS = {
@@ -72,7 +70,9 @@ def assert_equal(name: str, got: torch.Tensor, want: torch.Tensor, rtol: float =
     torch.testing.assert_close(got, want, rtol=rtol, atol=1e-13, msg=lambda text: f"{name}: {text}")
 
 
-MOMENTS = ("out", "lse", "abs_pv", "cast_square", "cast_sum", "flush_sum", "num_visible")
+MOMENTS = ("abs_pv", "cast_square", "cast_sum", "flush_sum")
+EXACT = ("out", "lse", "num_visible", "row_mass", "row_square", "peak")
+QUANTITIES = (*EXACT, *MOMENTS)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=["usual", "empty"])
@@ -84,9 +84,11 @@ def test_agrees_with_the_naive_implementation(
     inputs = make_inputs(*lengths, **dict(feature))
     rounding = ROUNDINGS["fp8_e4m3"]
     got, want = attend(inputs, rounding, max_elements=max_elements), naive_attention(inputs, rounding)
-    for name in MOMENTS:
+    for name in QUANTITIES:
         assert_equal(name, getattr(got, name), getattr(want, name))
     assert bool((got.logit_bound >= want.largest_logit - 1e-12).all())
+    assert bool((got.largest_logit >= want.largest_logit - 1e-12).all())
+    assert bool((got.largest_logit <= got.logit_bound + 1e-12).all())
     assert bool((got.offset >= want.offset - 1e-12).all())
     assert float(got.offset.mean()) <= 2.5 * float(want.offset.mean()) + 1e-12
 
@@ -95,7 +97,7 @@ def test_agrees_with_the_naive_implementation(
 def test_moments_agree_for_every_rounding(rounding: Rounding) -> None:
     inputs = make_inputs((6, 1), (40, 30), softmax_scale=4.0)  # peaked: keys in the flush zone of fp16 and fp8
     got, want = attend(inputs, rounding), naive_attention(inputs, rounding)
-    for name in MOMENTS:
+    for name in QUANTITIES:
         assert_equal(name, getattr(got, name), getattr(want, name))
     assert bool((got.flush_sum > 0).any()) == (rounding.half_subnormal > 0)
 
@@ -190,6 +192,8 @@ def test_inputs_are_left_alone() -> None:
         ({"query_lens": (3, 1, 6)}, "q tokens"),
         ({"seq_lens": (7, 6, 6)}, "k: expected"),
         ({"v": torch.zeros(18, 4, 5)}, "k: expected"),
+        ({"cached_lens": (1, 2)}, "cached_lens"),
+        ({"q_cached": torch.zeros(9, 6, 8)}, "q_cached needs cached_lens"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(change: dict[str, Any], what: str) -> None:
@@ -197,47 +201,21 @@ def test_shapes_that_do_not_fit_are_refused(change: dict[str, Any], what: str) -
         replace(make_inputs(), **change)
 
 
-# Memory.
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts bytes of storages created while it is active: the largest and the peak of those alive at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: dict[int, int] = {}
-        self.peak = self.largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in (
-            [result] if isinstance(result, torch.Tensor) else result if isinstance(result, tuple | list) else []
-        ):
-            storage = tensor.untyped_storage()
-            if isinstance(tensor, torch.Tensor) and id(storage) not in self.alive:
-                self.alive[id(storage)] = storage.nbytes()
-                weakref.finalize(storage, self.alive.pop, id(storage), None)
-                self.largest = max(self.largest, storage.nbytes())
-                self.peak = max(self.peak, sum(self.alive.values()))
-        return result
-
-
-def bytes_of(reference: AttentionReference) -> int:
-    return sum(x.nbytes for x in vars(reference).values() if isinstance(x, torch.Tensor))
-
-
-@pytest.mark.parametrize(
-    "feature", [{}, {"causal": False, "sliding_window": 50}, {"alibi": True, "sinks": True}], ids=str
-)
-@pytest.mark.parametrize("max_elements", [1 << 13, 1 << 16])
-def test_memory_stays_within_the_stated_bound(feature: dict[str, Any], max_elements: int) -> None:
-    inputs = make_inputs((400, 1), (500, 300), kv_heads=4, group=2, size=4, size_v=4, **dict(feature))
-    scores = 400 * 500 * 8
-    sequence = 8 * 500 * 4 * (4 + 3 * 4) + 8 * 500 * 4 * 8  # k, v, |v|, v^2 and one copy while they are made
-    with LiveBytes() as used:
-        result = attend(inputs, ROUNDINGS["fp16"], max_elements=max_elements)
-    assert used.peak - bytes_of(result) - sequence <= 32 * max_elements
-    assert used.peak < scores * 8  # the scores as a whole would not fit
-    with LiveBytes() as at_once:
-        attend(inputs, ROUNDINGS["fp16"], max_elements=scores)
-    assert at_once.largest > 8 * scores // 3  # the meter sees tiles that large
+def test_bounds_on_the_products_hold_for_every_key() -> None:
+    """Norms by Cauchy-Schwarz, over keys of the own sequence and kv head only; repeats are counted there as well."""
+    inputs = make_inputs((3, 1), (20, 9), causal=False)
+    k = inputs.k.clone()
+    k[22:26, 1] = k[21, 1]  # one key of the second sequence, 5 times over in one kv head
+    k[:, 0] *= 1e-3
+    k[0, 0] = 100  # of the first sequence alone
+    got = attend(replace(inputs, k=k), ROUNDINGS["bf16"])
+    for rows, keys in ((slice(0, 3), slice(0, 20)), (slice(3, 4), slice(20, 29))):
+        seen = k[keys].double().repeat_interleave(3, dim=1)  # [keys, num_q_heads, d]
+        terms = inputs.q[rows, None].double() * seen * inputs.softmax_scale  # [rows, keys, num_q_heads, d]
+        largest_square = terms.square().sum(-1).sqrt().amax(1)
+        assert bool((got.dot_bound[rows] >= largest_square - 1e-12).all())
+        assert bool((got.dot_bound[rows] <= got.logit_bound[rows] + 1e-12).all())
+        assert_equal("largest_logit", got.largest_logit[rows], terms.sum(-1).abs().amax(1))
+    assert float(got.logit_bound[:3, 0].min()) > 30 * float(got.logit_bound[3, 0])
+    assert got.key_repeats[3].tolist() == [1, 1, 1, 5, 5, 5]
+    assert bool((got.key_repeats[:3] == 1).all())

@@ -33,6 +33,7 @@ records = st.builds(
     ran=st.lists(st.text(), max_size=3).map(tuple),
     err_over_tol=st.none() | numbers,
     lse_err_over_tol=st.none() | numbers,
+    tighter_err_over_tol=st.none() | numbers,
     seeds=st.dictionaries(st.text(), st.integers(), max_size=2),
     seconds=st.dictionaries(st.text(), numbers, max_size=3),
     reproduce=st.text(),
@@ -121,7 +122,13 @@ def test_a_header_of_another_format_says_so_before_anything_else() -> None:
 def test_a_record_of_a_verdict_holds_the_case_and_its_seeds() -> None:
     case = Case("m", "k", Rows("r", (1, 4), (9, -2)), data_seed=5)
     verdict = Verdict(
-        Outcome.FAIL, "wrong", ("k1",), math.inf, None, {"launch": 0.5}, {"data": 17}, {"rows": {"a": ("b",)}}
+        Outcome.FAIL,
+        "wrong",
+        ("k1",),
+        math.inf,
+        seconds={"launch": 0.5},
+        seeds={"data": 17},
+        explanation={"rows": {"a": ("b",)}},
     )
     record = Record.of(case, verdict, id="m-r", matrix_path="cases/m.yaml", line=3, tier="ci", reproduce="pytest x")
     assert record.seeds == {"geometry": 0, "data": 17}

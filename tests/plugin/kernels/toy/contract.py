@@ -35,4 +35,10 @@ KERNELS = (
     _toy("skipping", "asks to be skipped"),
     _toy("quitting", "exits"),
     replace(_toy("broken", "does not exist"), entry="no_such_file.py:launch"),
+    replace(
+        _toy("honest", "right, and declared to round P to bfloat16, which it does not"),
+        name="toy_loose",
+        launches=(),
+        numerics=NumericsProfile(kv_dequant="exact", p_dtype="bf16", mma="simt"),
+    ),
 )

@@ -1,0 +1,218 @@
+"""Noise of a linear statistic: what honest roundings add to sum over rows and dims of (out - o) X, per signature X.
+
+Invariant: errors that are independent enter the variance, errors that may all have one sign enter the bias; nothing
+enters neither. Rows whose errors are not generic (one key has all the mass, or all keys have the same) are not used.
+
+    variance   sum_j A_j^2 / 3 y_j^2        cast of P: uniform within half an ulp A_j, shared by all dims, y_j = v_j . X
+             + sum_c h_c^2 / 3 X_c^2        output: h_c the half ulp of o_c, subnormals included
+             + sum_j (b p_j)^2 (y_j - x)^2  logits: b from the float32 dot product and logits rounded, x = o . X
+             + accumulation, row sum and 16-bit split partials, rounded to nearest
+               all times the number of rows with (nearly) the same output, which round alike
+    bias       b' sqrt(sum_j p_j (y_j - x)^2)   exp, scale and truncating products q . k, by Cauchy-Schwarz
+             + sum_F A_j |y_j|                  keys that may be flushed to zero, by Cauchy-Schwarz
+             + c (n / k) 2^-24 sum_c |o_c X_c|  truncating accumulators
+             + (u_P^2 + u_out^2) |x|            mean of a relative rounding error, of second order
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from harness.dtypes import ElementType, element_type
+from harness.kernel.numerics import NumericsProfile
+from harness.oracle.tolerance import (
+    DOT_FACTOR,
+    EXP_ULPS,
+    FP8_WGMMA_BITS,
+    MATRIX_DEPTH,
+    SUM_FACTOR,
+    TRUNCATION,
+    U32,
+)
+from references.rows import Rows
+
+NUM_WEIGHTS = 4  # weight sets of a row: cast, logits, probability, flushed
+SNAP = 8  # in roundoffs: closer than this to 1, P = 1 - p snaps to 1 and an output to the value that is stored
+SPREAD = 8  # in roundoffs: logits of a row spread by less give P that round alike
+COARSEST = 2.0**-12  # roundoffs below this are taken as this where rows are told apart
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of a set of signatures: energy sum X^2, variance, bias, and sum of x = o . X; each [..., rows, signatures]."""
+
+    energy: torch.Tensor
+    variance: torch.Tensor
+    bias: torch.Tensor
+    along_out: torch.Tensor
+
+
+@dataclass(frozen=True)
+class RowNoise:
+    """Roundings of some rows, float32 (1 % would do). L = [num_seqs, num_kv_heads, R * gqa_ratio]."""
+
+    v: torch.Tensor  # [num_seqs, num_kv_heads, n, head_size_v]
+    out: torch.Tensor  # [L, head_size_v]
+    used: torch.Tensor  # [L] bool
+    alike: torch.Tensor  # [L] number of rows that round as this one does, itself included
+    weights: torch.Tensor  # [L, 4, n]: cast^2 / 3, logit variance, p, A of flushed keys
+    sum_after_cast: bool
+    coherent: torch.Tensor  # [L] b'
+    per_dim: torch.Tensor  # [L, head_size_v] variances of errors that are independent per dim
+    row_sum: torch.Tensor  # [L] variance of the relative error of the row sum
+    truncation: torch.Tensor  # [L] c (n / k) 2^-24
+    accumulator: torch.Tensor  # [L] relative error of 8-bit matrix units' short accumulators
+    second_order: float  # u_P^2 + u_out^2
+    out_bias: float  # relative bias of the output cast where its numbers are too coarse to average
+
+    def moments(self, x: torch.Tensor) -> Moments:
+        """Of float32 signatures `x` [L, T, head_size_v]; every result [L, T]."""
+        along = (x @ self.out[..., None])[..., 0]  # [L, T]
+        squares = weighted_squares(x, self.weights, self.v)  # [L, T, 4]
+        cast, logit, mass, flushed = squares.unbind(-1)
+        means = (self.weights[..., :2, :].flatten(2, 3) @ self.v).view(*self.weights.shape[:3], 2, -1)  # [L, 2, dv]
+        totals = self.weights[..., :2, :].sum(-1)  # [L, 2]
+        shift = -2 * along[..., None] * (x @ means.transpose(-1, -2))  # [L, T, 2]
+        shift += (along * along)[..., None] * totals[..., None, :]
+        variance = (logit + shift[..., 1]).clamp_(min=0)
+        variance += torch.maximum(cast, cast + shift[..., 0]) if self.sum_after_cast else cast
+        variance += (x * x @ self.per_dim[..., None])[..., 0]
+        variance += self.row_sum[..., None] * along * along
+        variance *= self.alike[..., None]
+
+        lost = self.weights[..., 3, :].sum(-1)[..., None]  # [L, 1]
+        bias = self.coherent[..., None] * (mass - along * along).clamp_(min=0).sqrt_()
+        bias += self.accumulator[..., None] * mass.clamp(min=0).sqrt_()
+        bias += (lost * flushed.clamp(min=0)).sqrt_()
+        if self.sum_after_cast:
+            bias += lost * along.abs()
+        by_dim = (x.abs() @ self.out.abs()[..., None])[..., 0]
+        bias += (self.truncation[..., None] + self.out_bias) * by_dim
+        return Moments((x * x).sum(-1), variance, bias, along)
+
+
+def weighted_squares(x: torch.Tensor, weights: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """sum_j w_j (v_j . x)^2: [..., R, T, W] of x [..., R, T, d], weights [..., R, W, n] and v [..., n, d].
+
+    Through y = x V^T, or, where signatures are many, through the Gram matrices sum_j w_j v_j v_j^T of each row.
+    """
+    num_signatures, size = x.shape[-2:]
+    if num_products(num_signatures, size) == num_signatures:
+        y = (x.flatten(-3, -2) @ v.transpose(-1, -2)).view(*x.shape[:-1], -1).square_()  # [..., R, T, n]
+        return torch.matmul(y, weights.transpose(-1, -2))
+    forms, values = [], v.unsqueeze(-3)  # [..., 1, n, d]
+    for w in weights.unbind(-2):  # [..., R, n]
+        gram = (w[..., None] * values).transpose(-1, -2) @ values  # [..., R, d, d]
+        forms.append(((x @ gram) * x).sum(-1))
+    return torch.stack(forms, dim=-1)
+
+
+def num_products(num_signatures: int, size: int) -> int:
+    """Elements per row and key of the larger temporary of weighted_squares: y_j per signature, or w_j v_j."""
+    return num_signatures if num_signatures <= NUM_WEIGHTS * size else size
+
+
+def row_noise(rows: Rows, profile: NumericsProfile, q_dtype: str) -> RowNoise:
+    """The roundings that `profile` declares for `rows`."""
+    out_type = element_type(profile.out_type(q_dtype))
+    p_types = [element_type(profile.p_type(q_dtype, cached)) for cached in (True, False)]
+    p_type = max(p_types, key=lambda kind: kind.unit_roundoff)
+    n = rows.visible.sum(-1).double().expand(rows.p.shape[:3])  # [L]
+    p, out = rows.p, rows.out
+    largest = rows.scores.masked_fill(~rows.visible, -math.inf).amax(-1, keepdim=True)  # [L, 1]
+    scale = (largest - rows.lse).exp()  # [L, 1]: p of the largest key; x_j = p_j / scale
+    scale = scale.nan_to_num(0.0, 0.0, 0.0)
+    cached = rows.cached[:, None, None]  # [num_seqs, 1, 1, n]
+    cached_p, new_p = p_types
+    roundoff = torch.where(cached, p.new_tensor(cached_p.unit_roundoff), p.new_tensor(new_p.unit_roundoff))
+    subnormal = torch.where(cached, p.new_tensor(cached_p.half_subnormal), p.new_tensor(new_p.half_subnormal))
+    subnormal = subnormal / profile.p_scale
+    lost_below = subnormal * scale if rows.weight is None else subnormal / rows.weight * scale  # [L, n]
+    flushed = p < 2 * lost_below  # [L, n]
+    half_ulp = torch.maximum(roundoff * p, torch.minimum(p, lost_below))
+    cast = half_ulp.masked_fill(flushed, 0.0).square_().div_(3)
+
+    size = rows.scores.masked_fill(~rows.visible, 0.0).abs_()  # [L, n] of the logits
+    top = size.amax(-1)  # [L]
+    dot = DOT_FACTOR * element_type(profile.dot_reduce).unit_roundoff * rows.dot_bound  # [L]
+    logit = dot[..., None].square() + (_roundoff(profile.s_dtype) * size).square_() / 3
+    logit *= p * p
+    weights = torch.stack((cast, logit, p, half_ulp.masked_fill(~flushed, 0.0)), dim=-2)  # [L, 4, n]
+
+    depth, bits = _accumulator(profile, p_type)
+    zero = torch.zeros_like(n)
+    short = bits < 24
+    keys = n if profile.promote_every is None else n.clamp(max=profile.promote_every)
+    truncation = TRUNCATION * (n / depth) * U32 if depth and not short else zero
+    accumulator = keys / depth * (depth / 4 + 1) * 2.0**-bits if depth and short else zero
+    q_type = max((element_type(profile.q_type(q_dtype, c)) for c in (True, False)), key=lambda kind: kind.unit_roundoff)
+    q_depth, q_bits = _accumulator(profile, q_type)
+    coherent = EXP_ULPS * U32 * (1 + top)  # [L]
+    if q_depth and q_bits < 24:
+        coherent += rows.head_size / q_depth * (q_depth / 4 + 1) * 2.0**-q_bits * rows.dot_bound * rows.head_size**0.5
+    elif q_depth:
+        coherent += TRUNCATION * (rows.head_size / q_depth) * U32 * top
+
+    spread = (p * p) @ (rows.v * rows.v)  # [L, head_size_v] sum p^2 v^2
+    rounding = (SUM_FACTOR * U32) ** 2 * n  # [L]
+    per_dim = (profile.out_scale * _half_ulp(out / profile.out_scale, out_type)).square_().div_(3)
+    per_dim += ((2 * truncation) ** 2 + rounding)[..., None] * (spread + out * out)
+    if profile.split_partial_dtype != "fp32":
+        partial = element_type(profile.split_partial_dtype).unit_roundoff * (p @ rows.v.abs())
+        per_dim += partial.square_().div_(3)
+    single = torch.float32
+    coarse = max(p_type.unit_roundoff, out_type.unit_roundoff)
+    return RowNoise(
+        v=rows.v.to(single),
+        out=out.to(single),
+        used=_generic(rows, coarse, out_type.unit_roundoff),
+        alike=_alike(out, out_type.unit_roundoff).to(single),
+        weights=weights.to(single),
+        sum_after_cast=profile.sum_after_cast,
+        coherent=coherent.to(single),
+        per_dim=per_dim.to(single),
+        row_sum=rounding.to(single),
+        truncation=truncation.to(single),
+        accumulator=accumulator.to(single),
+        second_order=p_type.unit_roundoff**2 + out_type.unit_roundoff**2,
+        out_bias=out_type.unit_roundoff if out_type.size == 1 else 0.0,
+    )
+
+
+def _roundoff(name: str) -> float:
+    """0 for float32, which EXP_ULPS covers."""
+    return 0.0 if name == "fp32" else element_type(name).unit_roundoff
+
+
+def _accumulator(profile: NumericsProfile, operand: ElementType) -> tuple[int | None, int]:
+    """Products per matrix instruction, None for scalar units, and bits that its accumulator keeps."""
+    depth = None if profile.mma == "simt" else profile.mma_k or MATRIX_DEPTH.get(operand.name)
+    return depth, profile.acc_bits or (FP8_WGMMA_BITS if profile.mma == "wgmma" and operand.size == 1 else 24)
+
+
+def _half_ulp(values: torch.Tensor, kind: ElementType) -> torch.Tensor:
+    """Half the distance between neighbours that `kind` can represent, at each value, same shape."""
+    exponent = torch.frexp(values).exponent - 1  # |value| in [2^exponent, 2^(exponent + 1))
+    return torch.ldexp(torch.full_like(values, kind.unit_roundoff), exponent).clamp_(min=kind.half_subnormal)
+
+
+def _generic(rows: Rows, coarse: float, out_roundoff: float) -> torch.Tensor:
+    """Rows [L] whose roundings are no repetition of one another: no key has all the mass, nor all keys the same."""
+    seen = rows.visible
+    count = seen.sum(-1).clamp(min=1)
+    scores = rows.scores.masked_fill(~seen, 0.0)
+    mean = scores.sum(-1) / count
+    deviation = (scores - mean[..., None]).masked_fill_(~seen, 0.0).square_().sum(-1).div_(count).sqrt_()
+    real = rows.real.repeat_interleave(rows.group, dim=1)[:, None]
+    return (rows.p.amax(-1) < 1 - SNAP * max(out_roundoff, COARSEST)) & (deviation >= SPREAD * coarse) & real
+
+
+def _alike(out: torch.Tensor, out_roundoff: float) -> torch.Tensor:
+    """Rows of the same sequence and KV head with nearly the same output, each: [L] of out [L, head_size_v]."""
+    direction = out / out.norm(dim=-1, keepdim=True).clamp_min_(1e-300)
+    close = 1 - 8 * max(out_roundoff, COARSEST) ** 2
+    count: torch.Tensor = ((direction @ direction.transpose(-1, -2)) > close).sum(-1).clamp_(min=1)
+    return count

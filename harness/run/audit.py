@@ -1,0 +1,125 @@
+"""Audit: how well the cases of matrices see the faults their matrix lists, without launching any kernel.
+
+Invariant: what the audit calls blind is BLIND in a run of the same case, and the other way round, but for matrices with
+a `legacy_tolerance`, which the audit alone measures with.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness.case import Case
+from harness.errors import LawError, PlacementError
+from harness.kernel.contract import Contract
+from harness.matrix.axes import case_id
+from harness.matrix.loading import load
+from harness.oracle.matched_filter import least_gains
+from harness.problem.problem import build_problem
+from harness.run.judge_gains import page_filter
+from harness.run.observe import Demand, advise, cheapest_laws, choose_law, observe_case
+from harness.run.reference import reference_inputs
+from harness.run.setup import build_arguments
+from harness.store.plain import plain_dict
+
+
+@dataclass(frozen=True)
+class Job:
+    """One case to look at."""
+
+    case: Case
+    contract: Contract
+    demand: Demand
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class AuditRow:
+    """What one case shows. `margins` are effects in units of tolerance, None where the case cannot have the fault."""
+
+    matrix: str
+    id: str
+    law: str  # the data law; the one taken, for `auto`
+    margin: float  # what is demanded
+    margins: dict[str, float | None]
+    unseen: dict[str, float]
+    laws: dict[str, str]  # the cheapest law that shows each fault that is not seen; faults no law shows are left out
+    facts: tuple[str, ...] = ()
+    advice: str = ""
+    least_descale_error: dict[str, float] | None = None  # of K, V on one page: what tier 2 sees, relative, where it can
+
+    @property
+    def blind(self) -> bool:
+        return bool(self.unseen)
+
+    def to_data(self) -> dict[str, Any]:
+        return plain_dict(asdict(self))
+
+
+def jobs(paths: Iterable[Path], kernels: Mapping[str, Contract], tier: str, device: str = "cpu") -> Iterator[Job]:
+    """The cases of `tier` that their kernel supports. Raises MatrixError."""
+    for path in paths:
+        matrix = load(path, kernel_names=kernels)
+        demand = Demand(matrix.must_see, matrix.margin, matrix.legacy_tolerance)
+        for case in matrix.expand(tier, supported=lambda case: kernels[case.kernel].unsupported(case)).cases:
+            if demand.must_see and kernels[case.kernel].unsupported(case) is None:
+                yield Job(case, kernels[case.kernel], demand, device)
+
+
+def audit(work: Sequence[Job], workers: int = 1) -> list[AuditRow]:
+    """The rows of `work`, in its order, by `workers` processes (on a GPU: one, as they would share it)."""
+    if workers == 1:
+        return [audit_case(job) for job in work]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return list(pool.map(audit_case, work, chunksize=8))
+
+
+def audit_case(job: Job) -> AuditRow:
+    """What the case of `job` shows of its demand. A case that cannot be built sees nothing, and says why."""
+    case, contract, demand = job.case, job.contract, job.demand
+    try:
+        if case.data == "auto":
+            found = choose_law(case, contract, demand, job.device).taken
+        else:
+            found = observe_case(case, contract, demand, job.device)
+    except (LawError, PlacementError) as error:
+        nothing = dict.fromkeys(demand.must_see, 0.0)
+        margins: dict[str, float | None] = {**nothing}
+        return AuditRow(case.matrix, case_id(case), case.data, demand.margin, margins, nothing, {}, (str(error),))
+    laws = cheapest_laws(found, contract, demand, job.device)
+    return AuditRow(
+        matrix=case.matrix,
+        id=case_id(case),
+        law=found.case.data,
+        margin=demand.margin,
+        margins={effect.fault: effect.size for effect in found.effects},
+        unseen={effect.fault: effect.size or 0.0 for effect in found.unseen},
+        laws=laws,
+        facts=found.facts,
+        advice=advise(found, laws),
+        least_descale_error=least_descale_error(found.case, contract, job.device),
+    )
+
+
+def least_descale_error(case: Case, contract: Contract, device: str) -> dict[str, float] | None:
+    """Smallest relative error of the K and V descale of one page that tier 2 sees, the median over pages.
+
+    None where nothing is quantised, where tier 2 does not apply, and where it sees no page at all.
+    """
+    if case.kv_dtype == "auto":
+        return None
+    setup = build_arguments(build_problem(case, device), contract)
+    if setup.problem.structured:
+        return None
+    inputs = reference_inputs(setup.problem, setup.cache, contract)
+    least = least_gains(inputs, page_filter(contract, setup))
+    found = {"K": least.least_k, "V": least.least_v}
+    return found if all(math.isfinite(error) for error in found.values()) else None

@@ -1,0 +1,46 @@
+"""Tier 2 and the hull of one case, from its set-up and what the kernel wrote.
+
+Invariant: adds findings and takes none away; what is looked at follows from the case, never from the output, but for
+where the source of an error is looked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from harness.cache.build import demanded_lens
+from harness.kernel.contract import Contract
+from harness.oracle.findings import Findings
+from harness.oracle.gains import GainFindings
+from harness.oracle.hull import judge_hull
+from harness.oracle.localise import find_source
+from harness.oracle.matched_filter import PageFilter, find_gains
+from harness.run.reference import reference_inputs
+from harness.run.setup import Setup
+
+
+def page_filter(contract: Contract, setup: Setup) -> PageFilter:
+    case = setup.problem.case
+    return PageFilter(
+        profile=contract.numerics,
+        q_dtype=case.dtype,
+        page_size=case.page_size,
+        pages=setup.cache.pages,
+        cached_lens=demanded_lens(setup.problem, contract.content),
+        num_splits=case.num_splits or 1,
+    )
+
+
+def with_gains(findings: Findings, contract: Contract, setup: Setup) -> Findings:
+    """`findings` with those of tier 2 and of the hull. Tier 2 does not apply to structured data."""
+    inputs = reference_inputs(setup.problem, setup.cache, contract)
+    out = setup.outputs[0].tensor  # [num_tokens, num_q_heads, head_size_v]
+    if contract.numerics.out_scale != 1.0 or out.element_size() == 1:
+        out = out.float() * contract.numerics.out_scale
+    hull = judge_hull(inputs, out, contract.numerics, setup.problem.case.dtype)
+    filters = page_filter(contract, setup)
+    gains = GainFindings() if setup.problem.structured else find_gains(inputs, out, filters)
+    found = replace(findings, gains=gains, hull=hull)
+    if found.clean:
+        return found
+    return replace(found, gains=replace(gains, source=find_source(inputs, out, filters, found)))

@@ -1,0 +1,179 @@
+"""What a matrix demands to be seen, what a set-up can show of it, and how a blind case is told.
+
+Invariant: effects come from what a right kernel sees, before anything is launched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from harness.case import Case
+from harness.errors import LawError
+from harness.kernel.contract import Contract
+from harness.matrix.matrix import FAULTS
+from harness.oracle.faults import FAULT_MODELS
+from harness.oracle.observability import MARGIN, Effect, fixed_tolerance, observe
+from harness.oracle.scene import Batch
+from harness.oracle.tolerance import Tolerance, tolerance
+from harness.problem.admission import law_refusal
+from harness.problem.problem import build_problem
+from harness.run.reference import build_reference, reference_inputs
+from harness.run.setup import Setup, build_arguments
+from harness.triage.explain import explain_blind
+from references.attention import AttentionReference
+
+LAWS = ("normal", "probe", "negative", "uniform", "outliers")  # what `data: auto` chooses from, the cheapest first
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Faults that every case of a matrix must see, and by how many tolerances.
+
+    `legacy` (atol, rtol) stands in for the tolerance of attnreg: how another suite would have seen the same case.
+    """
+
+    must_see: tuple[str, ...] = ()
+    margin: float = MARGIN
+    legacy: tuple[float, float] | None = None
+
+    def unseen(self, effects: Sequence[Effect]) -> tuple[Effect, ...]:
+        return tuple(effect for effect in effects if not effect.seen(self.margin))
+
+
+NO_DEMAND = Demand()
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one case shows of a demand. `facts` say why it does not show the rest."""
+
+    case: Case
+    effects: tuple[Effect, ...]
+    unseen: tuple[Effect, ...]
+    facts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LawChoice:
+    """`taken` is of the cheapest law that shows everything, or of the one that shows most.
+
+    `missed` holds the faults that each law tried in vain does not show.
+    """
+
+    taken: Observation
+    missed: dict[str, tuple[str, ...]]
+
+
+def observe_setup(
+    setup: Setup, contract: Contract, reference: AttentionReference, allowed: Tolerance, demand: Demand
+) -> Observation:
+    """What `setup` shows of `demand`, by the tolerances `allowed` around `reference`."""
+    problem, cache, case = setup.problem, setup.cache, setup.problem.case
+    lens = zip(case.rows.query_lens, case.rows.context_lens, strict=True)
+    batch = Batch(
+        case=case,
+        inputs=reference_inputs(problem, cache, contract),
+        cached_lens=tuple(contract.content.cached_len(query_len, context_len) for query_len, context_len in lens),
+        key_payload=cache.key_payload,
+        value_payload=cache.value_payload,
+    )
+    with_lse = contract.returns_lse and demand.legacy is None
+    effects = observe(batch, contract.content, allowed, demand.must_see, with_lse=with_lse)
+    unseen = demand.unseen(effects)
+    return Observation(case, effects, unseen, _facts(setup, reference, allowed, unseen) if unseen else ())
+
+
+def observe_case(case: Case, contract: Contract, demand: Demand, device: torch.device | str) -> Observation:
+    """The same from a case alone, whose data law must not be `auto`.
+
+    Raises LawError or PlacementError where the case cannot be built.
+    """
+    setup = build_arguments(build_problem(case, device), contract)
+    reference = build_reference(setup.problem, setup.cache, contract)
+    if demand.legacy is None:
+        structured = setup.problem.structured
+        allowed = tolerance(reference, contract.numerics, case.dtype, case.head_size, structured=structured)
+    else:
+        allowed = fixed_tolerance(reference.out, *demand.legacy)
+    return observe_setup(setup, contract, reference, allowed, demand)
+
+
+def choose_law(case: Case, contract: Contract, demand: Demand, device: torch.device | str) -> LawChoice:
+    """The law of LAWS to run `case` with. Raises LawError or PlacementError where no law can build it."""
+    tried: list[Observation] = []
+    refused: list[LawError] = []
+    for law in LAWS:
+        candidate = replace(case, data=law)
+        if law_refusal(candidate) is not None:
+            continue
+        try:
+            tried.append(observe_case(candidate, contract, demand, device))
+        except LawError as error:
+            refused.append(error)
+            continue
+        if not tried[-1].unseen:
+            break
+    if not tried:
+        raise refused[0]
+    taken = min(tried, key=lambda observation: len(observation.unseen))
+    return LawChoice(taken, {o.case.data: tuple(e.fault for e in o.unseen) for o in tried if o.unseen})
+
+
+def explain_unseen(
+    found: Observation, contract: Contract, demand: Demand, device: torch.device | str
+) -> dict[str, Any]:
+    """Explanation of BLIND: the effect of each fault that is not seen, why, and what would show it."""
+    sizes = {_named(effect): effect.size or 0.0 for effect in found.unseen}
+    return explain_blind(sizes, found.facts, advise(found, cheapest_laws(found, contract, demand, device)))
+
+
+def cheapest_laws(found: Observation, contract: Contract, demand: Demand, device: torch.device | str) -> dict[str, str]:
+    """{fault: the cheapest law that shows it} for what `found` does not; faults that no law shows are left out."""
+    shown: dict[str, str] = {}
+    left = tuple(effect.fault for effect in found.unseen)
+    for law in LAWS:
+        candidate = replace(found.case, data=law)
+        if not left or law == found.case.data or law_refusal(candidate) is not None:
+            continue
+        try:
+            there = observe_case(candidate, contract, replace(demand, must_see=left), device)
+        except LawError:
+            continue  # a law that cannot be drawn shows nothing
+        still = tuple(effect.fault for effect in there.unseen)
+        shown |= {fault: law for fault in left if fault not in still}
+        left = still
+    return shown
+
+
+def advise(found: Observation, laws: Mapping[str, str]) -> str:
+    """What would show the faults that `found` does not: laws where `laws` knows one, else values of other axes."""
+    by_law: dict[str, list[str]] = {}
+    by_axis: dict[str, list[str]] = {}
+    for fault in (effect.fault for effect in found.unseen):
+        if fault in laws:
+            by_law.setdefault(f"data: {laws[fault]}", []).append(fault)
+        else:
+            by_axis.setdefault(FAULT_MODELS[fault].advice, []).append(fault)
+    return "; ".join(f"{what} for {', '.join(faults)}" for what, faults in (by_law | by_axis).items())
+
+
+def _named(effect: Effect) -> str:
+    return f"{effect.fault} {effect.variant}".rstrip()
+
+
+def _facts(
+    setup: Setup, reference: AttentionReference, allowed: Tolerance, unseen: Sequence[Effect]
+) -> tuple[str, ...]:
+    """Why faults are not seen, as far as the inputs tell."""
+    facts = []
+    largest, granted = float(reference.out.abs().max()), float(allowed.out.median())
+    if any(effect.fault == "output_zero" for effect in unseen):
+        facts.append(f"outputs lie within +-{largest:.2g} while the tolerance is {granted:.2g}")
+    case = setup.problem.case
+    if case.kv_dtype != "auto" and all(bool((s == 1).all()) for s in (setup.cache.k_scale, setup.cache.v_scale)):
+        facts.append("descales are 1")
+    return tuple(facts) or tuple(f"{effect.fault}: {FAULTS[effect.fault]}" for effect in unseen)

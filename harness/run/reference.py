@@ -1,0 +1,43 @@
+"""The reference of a set-up: what a right kernel sees and makes of it.
+
+Invariant: decided by the case and the contract; what a set-up fault changed does not move it.
+"""
+
+from __future__ import annotations
+
+from harness.cache.build import KVCache, demanded_lens
+from harness.cache.effective import effective_kv, value_weights
+from harness.kernel.contract import Contract
+from harness.oracle.emulate import emulate
+from harness.oracle.tolerance import rounding_of
+from harness.problem.problem import Problem
+from references.attention import AttentionInputs, AttentionReference, attend
+
+
+def build_reference(problem: Problem, cache: KVCache, contract: Contract) -> AttentionReference:
+    """float64 attention over what a right kernel sees."""
+    return attend(reference_inputs(problem, cache, contract), rounding_of(contract.numerics, problem.case.dtype))
+
+
+def reference_inputs(problem: Problem, cache: KVCache, contract: Contract) -> AttentionInputs:
+    """What a right kernel sees: dequantised stored bytes and raw new tokens, rounded as the contract declares."""
+    case, numerics = problem.case, contract.numerics
+    k, v = effective_kv(problem, cache, contract.content)
+    seen = emulate(problem.q, k, v, numerics, case.dtype, problem.softmax_scale)
+    apart = seen.q_cached is not None or rounding_of(numerics, case.dtype).cached is not None
+    return AttentionInputs(
+        q=seen.q,
+        k=seen.k,
+        v=seen.v,
+        query_lens=case.rows.query_lens,
+        seq_lens=case.rows.seq_lens,
+        softmax_scale=problem.softmax_scale,
+        causal=case.causal,
+        sliding_window=case.sliding_window,
+        logits_soft_cap=case.logits_soft_cap,
+        alibi_slopes=problem.alibi_slopes,
+        sinks=problem.sinks,
+        q_cached=seen.q_cached,
+        cached_lens=demanded_lens(problem, contract.content) if apart else None,
+        weight_scale=value_weights(problem, contract.content) if numerics.p_fold_v else None,
+    )
