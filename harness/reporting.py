@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from harness.errors import AttnregError
-from harness.store.tightness import DECISIVE_TIERS, not_tight
 from harness.run.outcome import Outcome, Verdict
 from harness.session import SELECTED, Session
 from harness.store.environment import environment
 from harness.store.record import Header, Record
 from harness.store.run_log import RunLog, new_run_id, utc_now
+from harness.store.tightness import DECISIVE_TIERS, not_tight
 
 COVERAGE = "attnreg_coverage"
 _LETTERS = {Outcome.UNSUPPORTED: "u", Outcome.XFAIL: "x", Outcome.ELEVATED: "e"}

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from harness.store.tightness import not_tight
 from harness.report.failure import failure_lines, one_line, outcome_style
 from harness.report.lines import WIDTH, Line, Span, labelled, line, wrap
 from harness.run.outcome import Outcome
 from harness.store.record import Header, Record
 from harness.store.tally import MatrixTally, Totals, tally_matrices, tally_totals
+from harness.store.tightness import not_tight
 from harness.triage.distinct import Group, group_failures
 
 LATEST = "reports/latest.jsonl"

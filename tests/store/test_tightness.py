@@ -10,10 +10,10 @@ import torch
 from harness.kernel.numerics import UNKNOWN, NumericsProfile, PerKey, cost, tighter_p
 from harness.oracle.finer import finer_tolerance
 from harness.oracle.judge import judge
-from harness.store.tightness import ProfileTightness, not_tight, tightness
 from harness.oracle.tolerance import rounding_of, tolerance
 from harness.run.outcome import Outcome
 from harness.store.record import Record
+from harness.store.tightness import ProfileTightness, not_tight, tightness
 from references.attention import attend
 from tests.oracle.cases import make_case
 from tests.oracle.emulated_kernel import run_emulated
