@@ -75,6 +75,9 @@ class Case:
     num_splits: int | None = None  # None: the kernel's own path without split-KV
     scale_factor: float = 1.125  # of the softmax scale, in 1/sqrt(head_size): not 1, so that a built-in scale shows
     placement: Placement = Placement()
+    boundary: str | None = None  # where the pages of a boundary probe lie (harness.problem.boundary); None: no probe
+    boundary_target: str = "kv"  # kv | k | v: whose addresses reach the boundary
+    boundary_position: str = "straddling"  # straddling | below | above | far
     data: str = "normal"
     geometry_seed: int = 0
     data_seed: int = 0

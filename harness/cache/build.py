@@ -7,8 +7,8 @@ The two parameters that break this, `cached_lens` and `poison`, plant set-up fau
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -16,9 +16,12 @@ from harness.cache.content import Content, is_decode
 from harness.cache.layouts import allocate, as_stored, by_slot, cache_shape
 from harness.cache.placement import Placed, page_table, place
 from harness.cache.poison import poison_bits, poisoned, tail_bits
+from harness.cache.pool import Pool, dense_pool
+from harness.cache.probe import Decoy, Live, plant_decoys, reserve
 from harness.cache.positions import key_positions, new_token_keys
 from harness.cache.quantise import bits_of, quantise
 from harness.dtypes import element_type
+from harness.problem.boundary import geometry
 from harness.problem.problem import Problem
 
 
@@ -42,6 +45,16 @@ class KVCache:
     new_k: torch.Tensor | None  # [num_tokens, num_kv_heads, head_size] in the dtype of the case; None for content `all`
     new_v: torch.Tensor | None  # [num_tokens, num_kv_heads, head_size_v]
     kv_block_descale: torch.Tensor | None = None  # [num_pages, num_kv_heads, 2] float32, of K then V
+    pools: Mapping[str, Pool] = field(default_factory=dict)  # of "k", "v" where a boundary probe says where they lie
+    decoys: tuple[Decoy, ...] = ()  # what such a probe put where a wrong address would lead
+
+    @property
+    def pools_by_argument(self) -> dict[str, Pool]:
+        return {f"{which}_cache": pool for which, pool in self.pools.items()}
+
+    def pool(self, which: str) -> Pool:
+        """The memory of K or V."""
+        return self.pools.get(which) or dense_pool(self.k if which == "k" else self.v)
 
 
 def build_cache(
@@ -49,7 +62,8 @@ def build_cache(
 ) -> KVCache:
     """The cache of `problem` for a kernel of class `content`, on the device of the problem.
 
-    `cached_lens` (default: what `content` demands) and `poison` plant set-up faults. Raises PlacementError.
+    `cached_lens` (default: what `content` demands) and `poison` plant set-up faults. Raises PlacementError, and
+    MemoryError where the addresses of a boundary probe cannot be had.
     """
     case, device = problem.case, problem.q.device
     stored, placed = element_type(case.stored_dtype), place(case)
@@ -59,13 +73,14 @@ def build_cache(
         "k": quantise(problem.k, problem.descale("k"), stored),
         "v": quantise(problem.v, problem.descale("v"), stored),
     }
-    caches = {name: _fill(problem, name, payloads[name], placed, cached_lens, poison) for name in payloads}
+    live = live_tokens(problem, placed.pages, cached_lens)
+    made = {name: _fill(problem, name, payloads[name], placed, live, poison) for name in payloads}
     query_start = [0]
     for query_len in case.rows.query_lens:
         query_start.append(query_start[-1] + query_len)
     return KVCache(
-        k=caches["k"],
-        v=caches["v"],
+        k=made["k"][0],
+        v=made["v"][0],
         block_table=page_table(placed, case.table_padding, device),
         seq_lens=torch.tensor(case.rows.seq_lens, dtype=torch.int32, device=device),
         query_start_loc=torch.tensor(query_start, dtype=torch.int32, device=device),
@@ -80,6 +95,8 @@ def build_cache(
         new_k=_new_tokens(problem, problem.k, content) if content.takes_new_tokens else None,
         new_v=_new_tokens(problem, problem.v, content) if content.takes_new_tokens else None,
         kv_block_descale=_block_descale(problem, placed),
+        pools={name: pool for name, (_, pool, _) in made.items() if pool is not None},
+        decoys=made["k"][2] + made["v"][2],
     )
 
 
@@ -89,27 +106,39 @@ def demanded_lens(problem: Problem, content: Content) -> tuple[int, ...]:
     return tuple(content.cached_len(q, c) for q, c in zip(rows.query_lens, rows.context_lens, strict=True))
 
 
+def live_tokens(problem: Problem, placed: Sequence[Sequence[int]], cached_lens: Sequence[int]) -> Live:
+    """The first `cached_lens` tokens of each sequence, and where they lie: `placed` are the pages of each."""
+    device, page_size = problem.q.device, problem.case.page_size
+    flat_pages = torch.tensor([page for pages in placed for page in pages], dtype=torch.int64, device=device)
+    first_page = torch.tensor([len(pages) for pages in placed], device=device)
+    first_page = first_page.cumsum(0) - first_page  # [num_seqs]
+    keys = key_positions(problem.case.rows, device)
+    key = keys.below(cached_lens).nonzero()[:, 0]  # packed keys
+    seq, pos = keys.seq[key], keys.pos[key]
+    return Live(key, flat_pages[first_page[seq] + pos // page_size], pos % page_size)
+
+
 def _fill(
-    problem: Problem, which: str, payload: torch.Tensor, placed: Placed, cached_lens: Sequence[int], poison: float
-) -> torch.Tensor:
-    """The pool of K or V; `payload` [num_keys, heads, dim]."""
+    problem: Problem, which: str, payload: torch.Tensor, placed: Placed, live: Live, poison: float
+) -> tuple[torch.Tensor, Pool | None, tuple[Decoy, ...]]:
+    """K or V with the `live` tokens of `payload` [num_keys, heads, dim]; for boundary probes its pool and decoys."""
     case, device = problem.case, payload.device
     stored, page_size = element_type(case.stored_dtype), case.page_size
     heads, dim = payload.shape[1:]
     shape = cache_shape(case.layout, which, placed.num_pages, page_size, heads, dim, stored.size)
-    strided = case.strides != "compact"
-    cache = allocate(case.layout, which, shape, stored, poison_bits(stored, poison), strided, device)
+    fill, pool = poison_bits(stored, poison), None
+    at = None if case.boundary is None else geometry(case)
+    if at is None or which not in at.page_strides:
+        cache = allocate(case.layout, which, shape, stored, fill, case.strides != "compact", device)
+    else:
+        cache, pool = reserve(problem, which, shape, stored, at, live, fill & 0xFF)
     slots = bits_of(by_slot(cache, case.layout))  # [pages, page_size, heads, ...]
     flat_pages = torch.tensor([page for pages in placed.pages for page in pages], dtype=torch.int64, device=device)
     slots[flat_pages] = tail_bits(stored, case.tail, poison)
-    first_page = torch.tensor([len(pages) for pages in placed.pages], device=device)
-    first_page = first_page.cumsum(0) - first_page  # [num_seqs]
-    keys = key_positions(case.rows, device)
-    live = keys.below(cached_lens).nonzero()[:, 0]  # packed keys
-    seq, pos = keys.seq[live], keys.pos[live]
-    page = flat_pages[first_page[seq] + pos // page_size]
-    slots[page, pos % page_size] = as_stored(bits_of(payload)[live], slots)
-    return cache
+    slots[live.page, live.slot] = as_stored(bits_of(payload)[live.key], slots)
+    if at is None or pool is None:
+        return cache, None, ()
+    return cache, pool, plant_decoys(problem, which, cache, payload, live, at.low_bits[which])
 
 
 def _block_descale(problem: Problem, placed: Placed) -> torch.Tensor | None:

@@ -1,7 +1,7 @@
 """Placement: which physical pages each sequence gets, and the page table a kernel is handed.
 
 Invariant: no two sequences share a page except by a shared prefix; page 0 (the null page) is used by explicit placement
-only; the pool has spare pages, so that an id off by a little, or a padded table entry, leads to poison.
+and by boundary probes only; the pool has spare pages, so that an id off by a little, or a padded table entry, leads to poison.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from harness.case import Case
 from harness.errors import PlacementError
 from harness.problem import random
+from harness.problem.boundary import geometry
 from harness.problem.admission import pages_needed, placement_refusal, shared_prefix_len
 
 _FAR = 1 << 30  # table padding `out_of_range`: times any stride beyond any pool
@@ -25,10 +26,13 @@ class Placed:
     num_pages: int  # of the pool
 
     @property
-    def unused(self) -> tuple[int, ...]:
-        """Pages no sequence has, page 0 aside; never empty."""
-        used = {page for pages in self.pages for page in pages}
-        return tuple(page for page in range(1, self.num_pages) if page not in used)
+    def dead(self) -> int:
+        """The page in the middle of those no sequence has, page 0 aside; a pool may have too many to list."""
+        used = sorted({page for pages in self.pages for page in pages} - {0})
+        page = 1 + (self.num_pages - 1 - len(used)) // 2
+        for other in used:
+            page += other <= page
+        return page
 
 
 def place(case: Case) -> Placed:
@@ -36,6 +40,9 @@ def place(case: Case) -> Placed:
     if reason := placement_refusal(case):
         raise PlacementError(reason)
     needed = pages_needed(case)
+    if case.boundary is not None:
+        at = geometry(case)
+        return Placed(at.pages(needed), at.num_pages)
     spare = max(3, sum(needed) // 8)
     if case.placement.kind == "explicit":
         highest = max((page for pages in case.placement.pages for page in pages), default=0)
@@ -60,11 +67,10 @@ def page_table(placed: Placed, padding: str, device: torch.device | str) -> torc
     """
     longest = max((len(pages) for pages in placed.pages), default=0)
     width = max(longest, 1) if padding == "exact" else longest + 2
-    dead = placed.unused[len(placed.unused) // 2]
     rows = []
     for pages in placed.pages:
         far = [_FAR + column if column % 2 else -_FAR - column for column in range(len(pages), width)]
-        rows.append([*pages, *(far if padding == "out_of_range" else [dead] * (width - len(pages)))])
+        rows.append([*pages, *(far if padding == "out_of_range" else [placed.dead] * (width - len(pages)))])
     return torch.tensor(rows, dtype=torch.int32, device=device).view(len(rows), width)
 
 

@@ -14,10 +14,13 @@ from dataclasses import dataclass
 
 import torch
 
+from harness.cache.address import Address, address
 from harness.cache.build import KVCache
 from harness.cache.content import Content, is_decode, phase
 from harness.cache.diagnose import describe_slot, describe_value
 from harness.cache.poison import POISON_BITS, tail_bits
+from harness.cache.pool import POISON_BYTE, Pool
+from harness.cache.probe import storage_bits
 from harness.cache.quantise import bits_of
 from harness.cache.verify_descale import verify_block_descale
 from harness.dtypes import element_type
@@ -35,34 +38,6 @@ def verify_cache(problem: Problem, cache: KVCache, content: Content) -> None:
         _verify_pool(problem, cache, content, which)
         _verify_new_tokens(problem, cache, content, which)
     verify_block_descale(problem, cache)
-
-
-@dataclass(frozen=True)
-class Address:
-    """Element offsets in the storage of one cache tensor, by meaning; `vector` is x of vllm_classic K, else 1."""
-
-    origin: int
-    page: int
-    slot: int
-    inner: torch.Tensor  # [heads * dim] int64: offset of (head, dim)
-
-    def offsets(self, page: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
-        """int64 [n, heads * dim] for `page`, `slot` [n]."""
-        return (self.origin + page.to(torch.int64) * self.page + slot.to(torch.int64) * self.slot)[:, None] + self.inner
-
-
-def address(tensor: torch.Tensor, layout: str, which: str, heads: int, dim: int) -> Address:
-    """Offset of (page, slot, head, dim): page, slot and head by their strides, dim as (dim // x, dim % x)."""
-    s = tensor.stride()
-    if layout == "linear_nhd":
-        page, slot, head, block, lane, vector = s[0], s[1], s[2], s[3], 0, 1
-    elif which == "k":
-        page, head, block, slot, lane, vector = *s, tensor.shape[4]
-    else:
-        page, head, block, slot, lane, vector = *s, 0, 1
-    d = torch.arange(dim, device=tensor.device)
-    inner = torch.arange(heads, device=tensor.device)[:, None] * head + d // vector * block + d % vector * lane
-    return Address(int(tensor.storage_offset()), page, slot, inner.flatten())
 
 
 def verify_payload(problem: Problem, cache: KVCache, which: str) -> None:
@@ -107,12 +82,11 @@ def _verify_pool(problem: Problem, cache: KVCache, content: Content, which: str)
     _, payload = _of(problem, cache, which)
     heads, dim = payload.shape[1:]
     where = address(tensor, case.layout, which, heads, dim)
-    flat = bits_of(tensor).as_strided((tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
-    untouched = torch.ones(len(flat), dtype=torch.bool, device=flat.device)
+    flat, dead = storage_bits(tensor), _Dead.of(cache.pool(which), tensor)
     tail = tail_bits(element_type(case.stored_dtype), case.tail)
     for part in _slots_in_use(problem, cache, content, max(1, _CHUNK // (heads * dim))):
         offsets = where.offsets(part.page, part.slot)  # [n, heads * dim]
-        untouched[offsets] = False
+        dead.take(offsets)
         got, want = flat[offsets], torch.full_like(offsets, tail, dtype=flat.dtype)
         live = part.key >= 0
         want[live] = bits_of(payload).flatten(1)[part.key[live]]
@@ -120,9 +94,45 @@ def _verify_pool(problem: Problem, cache: KVCache, content: Content, which: str)
             index = int((got != want).any(dim=1).nonzero()[0])
             found = got[index].view(heads, dim).view(payload.dtype)
             _raise_slot(problem, cache, content, which, part, index, found)
-    stray = (flat != POISON_BITS) & untouched
-    if bool(stray.any()):
-        _raise_stray(cache, which, tensor, where, flat, int(stray.nonzero()[0]))
+    for decoy in (d for d in cache.decoys if d.which == which):
+        dead.take(decoy.offsets)
+        if bool((flat[decoy.offsets] != decoy.bits).any()):
+            raise SetupBug(f"{which}_cache", "the content that tells a wrong address", "other content")
+    if (offset := dead.stray(flat)) is not None:
+        _raise_stray(cache, which, tensor, where, flat, offset)
+    if any(bool((part != POISON_BYTE).any()) for part in cache.pool(which).shared):
+        raise SetupBug(f"{which}_cache", "poison in the memory that all unused addresses share", "something else")
+
+
+@dataclass(frozen=True)
+class _Dead:
+    """Elements with memory of their own that are not yet accounted for: a mask [elements] for each stretch of them."""
+
+    stretches: tuple[tuple[int, torch.Tensor], ...]  # storage offset of the first, mask
+
+    @classmethod
+    def of(cls, pool: Pool, tensor: torch.Tensor) -> _Dead:
+        size = tensor.element_size()
+        return cls(
+            tuple(
+                ((pool.base + first) // size, tensor.new_ones((end - first) // size, dtype=torch.bool))
+                for first, end in pool.own
+            )
+        )
+
+    def take(self, offsets: torch.Tensor) -> None:
+        """Account for the elements at `offsets`, int64 of any shape."""
+        for first, mask in self.stretches:
+            here = offsets - first
+            mask[here if len(self.stretches) == 1 else here[(here >= 0) & (here < len(mask))]] = False
+
+    def stray(self, flat: torch.Tensor) -> int | None:
+        """The first element left that is no poison, in `flat` [elements of the storage]."""
+        for first, mask in self.stretches:
+            stray = (flat[first : first + len(mask)] != POISON_BITS) & mask
+            if bool(stray.any()):
+                return first + int(stray.nonzero()[0])
+        return None
 
 
 @dataclass(frozen=True)

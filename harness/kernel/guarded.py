@@ -90,12 +90,16 @@ def _strides(shape: tuple[int, ...], strided: bool) -> tuple[int, ...]:
 
 
 def fingerprint(tensor: torch.Tensor) -> int:
-    """Position-weighted checksum of every byte of the tensor's allocation, gaps included, modulo 2^64.
+    """The checksum of every byte of the tensor's allocation, gaps included."""
+    storage = tensor.untyped_storage()
+    return checksum(torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage))
+
+
+def checksum(data: torch.Tensor) -> int:
+    """Position-weighted checksum of `data`, uint8 [bytes] at an address that 8 divides, modulo 2^64.
 
     A single changed byte always changes it: the weights are odd, hence invertible modulo 2^64.
     """
-    storage = tensor.untyped_storage()
-    data = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)  # [bytes]
     whole = data.numel() // 8 * 8
     total = 0
     words = data[:whole].view(torch.int64)  # [bytes / 8]

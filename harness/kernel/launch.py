@@ -10,16 +10,18 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
+from harness.cache.pool import Pool
 from harness.case import Case
 from harness.errors import AttnregError, KernelRaised, first_line
 from harness.interpreter.errors import MemoryFault
 from harness.kernel.arguments import LaunchArguments
 from harness.kernel.contract import Contract
-from harness.kernel.guarded import GuardedOutput, fingerprint
+from harness.kernel.guarded import GuardedOutput, checksum, fingerprint
 from harness.kernel.registry import Launcher
 
 _INPUTS = (
@@ -42,19 +44,24 @@ def launch(
     outputs: tuple[GuardedOutput, ...],
     *,
     program_order_seed: int = 0,
+    pools: Mapping[str, Pool] = MappingProxyType({}),
 ) -> LaunchResult:
     """Run `launcher` on `args` (compiled on a GPU, under the strict interpreter on a CPU) and observe it.
+
+    `pools` by argument name: those whose addresses reach further than their tensor. All of such a pool may be read: a
+    wrong address then reads a decoy, on a CPU as on a GPU, instead of ending the kernel.
 
     Raises KernelRaised where the kernel raises; out of memory and a dead device context pass through as they are.
     """
     inputs = input_tensors(args)
-    before = {name: fingerprint(tensor) for name, tensor in inputs.items()}
+    before = {name: _fingerprint(tensor, pools.get(name)) for name, tensor in inputs.items()}
     violations: list[str] = []
     if "triton" not in sys.modules:  # loading the kernel imports it where it is used at all
         _call(launcher, args)
         ran: tuple[str, ...] = ()
     elif args.q.device.type == "cpu":
-        ran, broken = _interpreted(launcher, args, inputs, outputs, program_order_seed)
+        around = {f"surroundings of {name}": pool.bytes for name, pool in pools.items()}
+        ran, broken = _interpreted(launcher, args, {**inputs, **around}, outputs, program_order_seed)
         violations += broken
     else:
         with observed_triton_launches() as names:
@@ -63,7 +70,11 @@ def launch(
     if args.q.device.type == "cuda":
         torch.cuda.synchronize(args.q.device)
     violations += _which_ran(contract, case, ran)
-    violations += [f"{name} was written by the kernel" for name, t in inputs.items() if fingerprint(t) != before[name]]
+    violations += [
+        f"{name} was written by the kernel"
+        for name, tensor in inputs.items()
+        if _fingerprint(tensor, pools.get(name)) != before[name]
+    ]
     violations += [overrun for output in outputs if (overrun := output.overrun())]
     unobservable = not ran and not contract.launches
     return LaunchResult((contract.name,) if unobservable else ran, tuple(violations))
@@ -74,10 +85,15 @@ def input_tensors(args: LaunchArguments) -> dict[str, torch.Tensor]:
     return {name: tensor for name in _INPUTS if (tensor := getattr(args, name)) is not None}
 
 
+def _fingerprint(tensor: torch.Tensor, pool: Pool | None) -> tuple[int, ...]:
+    """A checksum of all memory behind `tensor`, aliases once."""
+    return (fingerprint(tensor),) if pool is None else tuple(checksum(part) for part in pool.parts())
+
+
 def _call(launcher: Launcher, args: LaunchArguments) -> None:
     try:
         launcher(args)
-    except (AttnregError, torch.OutOfMemoryError, torch.AcceleratorError, KeyboardInterrupt):
+    except (AttnregError, torch.OutOfMemoryError, torch.AcceleratorError, MemoryError, KeyboardInterrupt):
         raise
     except BaseException as error:  # a kernel may raise anything, also what ends or skips a test: it is a failure
         raise KernelRaised(f"the kernel raised {type(error).__name__}: {first_line(error)}") from error

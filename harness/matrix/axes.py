@@ -28,6 +28,7 @@ from harness.matrix.source import (
     text,
     unknown_keys,
 )
+from harness.problem.boundary import BOUNDARIES, POSITIONS, TARGETS
 
 DATA_LAWS = (
     "auto",
@@ -114,13 +115,18 @@ class Choice:
 
     words: tuple[str, ...]
     noun: str = ""  # what a word is, where the name of the axis does not say
+    optional: bool = False  # whether none (absent) is taken as well
     kind: Kind = "text"
 
-    def parse(self, node: Node, name: str, vocabulary: Vocabulary) -> str:
-        return one_of(text(node, name), self.words, self.noun or name, span_of(node))
+    def parse(self, node: Node, name: str, vocabulary: Vocabulary) -> str | None:
+        word = one_of(text(node, name), self._taken(), self.noun or name, span_of(node))
+        return None if self.optional and word == "none" else word
 
     def schema(self) -> Schema:
-        return {"enum": list(self.words)}
+        return {"enum": list(self._taken())}
+
+    def _taken(self) -> tuple[str, ...]:
+        return (*self.words, "none") if self.optional else self.words
 
 
 @dataclass(frozen=True)
@@ -254,6 +260,9 @@ AXES: Mapping[str, Axis] = {
         _axis("num_splits", Number(1, optional=True), "splits", "split-KV parts; none: the path without split-KV"),
         _axis("scale_factor", Number(0, whole=False, exclusive=True), "scale", "softmax scale times sqrt(head_size)"),
         _axis("placement", PlacementValue(), "", "which physical pages a sequence gets"),
+        _axis("boundary", Choice(BOUNDARIES, optional=True), "at_", "where the addresses of a probe lie; none: no probe"),
+        _axis("boundary_target", Choice(TARGETS), "of_", "whose addresses reach the boundary"),
+        _axis("boundary_position", Choice(POSITIONS), "", "where the two suspect pages lie"),
         _axis("rows", RowsValue(), "", "the batch: a row mix, by name or in place"),
         _axis("data", Choice(DATA_LAWS, "data law"), "", "how q, k and v are drawn; auto: as must_see needs"),
         _axis("geometry_seed", Number(0), "g", "seed of drawn lengths and of placement"),

@@ -12,7 +12,7 @@ what a cover leaves out is proved impossible, by constraint or by contract.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -25,12 +25,17 @@ from harness.matrix.matrix import Matrix, Rule, Supported, Tier, Values
 from harness.matrix.rows import ROWS_AXES, RowMix
 from harness.matrix.source import MatrixError, Mistake, Span
 from harness.problem.admission import descales_refusal, law_refusal, placement_refusal
+from harness.problem.boundary import boundary_refusal
 
 _NO_ROWS = (1,), (16,)  # stands in where a batch is not known yet or does not matter
 _HEADS = frozenset({"num_q_heads", "gqa_ratio"})
 _LAW_AXES = frozenset({"data", "logits_soft_cap", "alibi", "causal"})
 _DESCALE_AXES = frozenset({"descales", "kv_dtype"})
 _PLACEMENT_AXES = ROWS_AXES | {"placement"}
+_BOUNDARY_AXES = ROWS_AXES | {
+    "boundary", "boundary_target", "boundary_position", "placement", "strides", "dtype", "kv_dtype", "num_q_heads",
+    "gqa_ratio", "head_size", "head_size_v",
+}  # fmt: skip
 Spans = Mapping[tuple[str, Any], Span]
 Predicate = Callable[[Mapping[str, Any]], bool]
 _COUPLED = (frozenset({"head_size", "head_size_v"}), ROWS_AXES)  # axes that one clause of a contract looks at together
@@ -116,9 +121,16 @@ def _expand_tier(matrix: Matrix, tier: Tier, supported: Supported) -> Expansion:
 
 
 def tier_values(matrix: Matrix, tier: Tier) -> Values:
-    """The values of every axis in `tier`, in the order of AXES, axes that only have their default included."""
+    """The values of every axis in `tier`, in the order of AXES, axes that only have their default included.
+
+    Axes of boundary probes are left out where they are not given: they would only slow down a cover.
+    """
     given = {**matrix.values, **(tier.shrink or {})}
-    return {name: given.get(name, (axis.default,)) for name, axis in AXES.items()}
+    return {
+        name: given.get(name, (axis.default,))
+        for name, axis in AXES.items()
+        if name in given or not name.startswith("boundary")
+    }
 
 
 def entry_values(matrix: Matrix, tier: Tier, entry: Values) -> Values:
@@ -127,8 +139,8 @@ def entry_values(matrix: Matrix, tier: Tier, entry: Values) -> Values:
     return {**plain, **entry}
 
 
-def constraints(name: str, rules: Iterable[Rule]) -> list[Constraint]:
-    """The implied constraints and those of `rules`, over axis values."""
+def constraints(name: str, rules: Iterable[Rule], axes: Collection[str]) -> list[Constraint]:
+    """The implied constraints and those of `rules`, over values of `axes`."""
 
     def divides(values: Mapping[str, Any]) -> bool:
         return bool(values["num_q_heads"] % values["gqa_ratio"] == 0)
@@ -143,6 +155,8 @@ def constraints(name: str, rules: Iterable[Rule]) -> list[Constraint]:
         Constraint(_DESCALE_AXES, _admits(name, descales_refusal)),
         Constraint(_PLACEMENT_AXES, _admits(name, placement_refusal)),
     ]
+    if "boundary" in axes:
+        implied.append(Constraint(_BOUNDARY_AXES, _admits(name, boundary_refusal)))
     return implied + [_rule_constraint(name, rule) for rule in rules]
 
 
@@ -189,11 +203,11 @@ def _check_values(matrix: Matrix, values: Values, where: str, span: Span, spans:
     if never:
         return
     for rule in matrix.rules:
-        if Model(values, constraints(matrix.name, [rule])).possible() is None:
+        if Model(values, constraints(matrix.name, [rule], values)).possible() is None:
             place = rule.span if spans else span  # an entry breaks a constraint; a whole tier is broken by one
             yield Mistake(place, f"the constraint excludes every case of {where}: {rule.where.text}")
             return
-    if Model(values, constraints(matrix.name, matrix.rules)).possible() is None:
+    if Model(values, constraints(matrix.name, matrix.rules, values)).possible() is None:
         yield Mistake(span, f"{where} selects no case: the constraints together exclude every combination")
 
 
@@ -218,13 +232,25 @@ def _refused(matrix: Matrix, values: Values, where: str, span: Span, spans: Span
         ("data", _LAW_AXES, law_refusal),
         ("descales", _DESCALE_AXES, descales_refusal),
         ("placement", _PLACEMENT_AXES, placement_refusal),
+        ("boundary", _BOUNDARY_AXES, boundary_refusal),
     ):
-        for value in values[axis]:
+        for value in values.get(axis, ()):
             tried = (assemble(matrix.name, chosen) for chosen in _products(values, axes, **{axis: value}))
-            refusals = [refusal(case) for case in tried if case is not None]
-            if refusals and all(refusals):
-                what = f"{refusals[0]} (in every combination of {where})"
+            if reason := _refused_all(tried, refusal):
+                what = f"{reason} (in every combination of {where})"
                 yield Mistake(spans.get((axis, value), span), what)
+
+
+def _refused_all(cases: Iterable[Case | None], refusal: Callable[[Case], str | None]) -> str | None:
+    """The first reason, if each of `cases` (None: no case) is refused."""
+    first = None
+    for case in cases:
+        if case is not None:
+            reason = refusal(case)
+            if reason is None:
+                return None
+            first = first or reason
+    return first
 
 
 def _list(values: Iterable[object]) -> str:
@@ -240,7 +266,7 @@ def _products(values: Values, axes: frozenset[str], **given: object) -> Iterator
 
 def _cases(matrix: Matrix, values: Values) -> Iterator[Case]:
     """The product of `values` less what constraints exclude, in order."""
-    rules = constraints(matrix.name, matrix.rules)
+    rules = constraints(matrix.name, matrix.rules, values)
     model = Model(values, rules)
     names = tuple(values)
     for row in product(*(range(len(values[name])) for name in names)):
@@ -252,7 +278,7 @@ def _cases(matrix: Matrix, values: Values) -> Iterator[Case]:
 
 def _expand_cover(matrix: Matrix, tier: Tier, supported: Supported, found: dict[Case, int]) -> Coverage:
     values = tier_values(matrix, tier)
-    written = constraints(matrix.name, matrix.rules)
+    written = constraints(matrix.name, matrix.rules, values)
     model = Model(values, [*written, *contract_constraints(matrix.name, values, supported)])
     assert tier.cover is not None
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 from harness.case import Case
+from harness.problem.boundary import boundary_refusal
 
 AUTO = "auto"  # stands for a law that is chosen for each case, when it runs
 
@@ -73,8 +74,10 @@ def descales_refusal(case: Case) -> str | None:
 
 
 def placement_refusal(case: Case) -> str | None:
-    """Why the placement of `case` does not fit its lengths, in one sentence; None where it does."""
+    """Why the placement or the boundary of `case` does not fit its lengths, in one sentence; None where it does."""
     placement, lens = case.placement, ", ".join(map(str, case.rows.context_lens))
+    if case.boundary is not None:
+        return boundary_refusal(case)
     if placement.kind == "shared_prefix" and not shared_prefix_len(case):
         return f"shared_prefix: no whole page of {case.page_size} tokens fits every context (context_lens {lens})"
     if placement.kind == "explicit":

@@ -41,4 +41,5 @@ class Verdict:
     seeds: dict[str, int] | None = None
     explanation: dict[str, Any] | None = None
     law: str = ""  # the data law that was taken, where the case left the choice open
+    memory: dict[str, Any] | None = None  # of the KV cache: pool (dense, aliased), bytes of addresses and of memory
     tighter_err_over_tol: float | None = None  # of out, were P rounded one step more finely; ordinary data only

@@ -26,6 +26,7 @@ from harness.oracle.observability import blind_to
 from harness.oracle.tolerance import Tolerance, tolerance
 from harness.problem.admission import AUTO, NEEDLES
 from harness.problem.problem import build_problem
+from harness.run.addresses import memory_of, tell_addresses, unseen_addresses
 from harness.run.judge_gains import with_gains
 from harness.run.observe import NO_DEMAND, Demand, choose_law, explain_unseen, observe_setup
 from harness.run.outcome import Outcome, Verdict
@@ -93,7 +94,7 @@ def run_case(case: Case, contract: Contract, options: Options) -> Verdict:
         verdict = _judged(case, contract, options, watch)
     except (LawError, PlacementError) as error:
         verdict = Verdict(Outcome.TEST_BUG, f"this case cannot be built: {error}")
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryError) as error:
         verdict = Verdict(Outcome.OUT_OF_MEMORY, first_line(error))
     except torch.AcceleratorError as error:
         verdict = Verdict(Outcome.CRASH, f"the device context died: {first_line(error)}")
@@ -117,9 +118,10 @@ def _judged(case: Case, contract: Contract, options: Options, watch: Stopwatch) 
                 check_setup(setup, contract)
     except SetupBug as bug:
         return Verdict(Outcome.TEST_BUG, f"before launch: {bug}", explanation=explain_setup_bug(bug))
+    memory = memory_of(setup.cache)
     if blind := _blindness(setup):
-        return Verdict(Outcome.BLIND, blind)
-    return _launched(contract, setup, options, watch)
+        return Verdict(Outcome.BLIND, blind, memory=memory)
+    return replace(_launched(contract, setup, options, watch), memory=memory)
 
 
 def _blindness(setup: Setup) -> str | None:
@@ -143,6 +145,8 @@ def _launched(contract: Contract, setup: Setup, options: Options, watch: Stopwat
             reference = build_reference(setup.problem, setup.cache, contract)
             structured = setup.problem.structured
             allowed = tolerance(reference, contract.numerics, case.dtype, case.head_size, structured=structured)
+        if options.contract_checks and (unseen := unseen_addresses(setup, contract, reference, allowed)):
+            return Verdict(Outcome.BLIND, unseen)
         if options.contract_checks and options.demand.must_see:
             with watch.phase("observe"):
                 seen = observe_setup(setup, contract, reference, allowed, options.demand)
@@ -150,7 +154,7 @@ def _launched(contract: Contract, setup: Setup, options: Options, watch: Stopwat
                 explanation = explain_unseen(seen, contract, options.demand, watch.device)
                 return Verdict(Outcome.BLIND, explanation["summary"], explanation=explanation)
         with watch.phase("launch"):
-            result = launch(contract, case, launcher, setup.args, setup.outputs, program_order_seed=case.geometry_seed)
+            result = launch(contract, case, launcher, setup.args, setup.outputs, program_order_seed=case.geometry_seed, pools=setup.cache.pools_by_argument)
         with watch.phase("judge"):
             verdict = _verdict(contract, setup, reference, allowed, result)
         if options.noise_floor == "off" or verdict.outcome is not Outcome.PASS:
@@ -195,7 +199,11 @@ def _verdict(
         _, values = effective_kv(setup.problem, setup.cache, contract.content)
         read = decode_bar_codes(out.tensor.double() * allowed.out_scale, setup.problem, values)
         explanation = with_row(explanation, "attended", *read) if read else explanation
-    return replace(verdict, outcome=Outcome.FAIL, reason=explanation["summary"], explanation=explanation)
+    reason = explanation["summary"]
+    if addresses := tell_addresses(setup, contract, out.tensor):
+        explanation = with_row(explanation, "address", *addresses)
+        reason = f"{addresses[0]}; {reason}"
+    return replace(verdict, outcome=Outcome.FAIL, reason=reason, explanation=explanation)
 
 
 def _tighter(contract: Contract, setup: Setup, reference: AttentionReference) -> float | None:

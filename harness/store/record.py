@@ -15,7 +15,7 @@ from harness.errors import AttnregError
 from harness.run.outcome import Outcome, Verdict
 from harness.store.plain import as_float, dump_line, plain_dict
 
-FORMAT_VERSION = 2  # raise it whenever a field of Record or Header is added, removed or changes its meaning
+FORMAT_VERSION = 3  # raise it whenever a field of Record or Header is added, removed or changes its meaning
 
 
 class MalformedRecord(AttnregError):
@@ -48,6 +48,7 @@ class Record:
     worker: str = ""
     case: dict[str, Any] = field(default_factory=dict)  # axis values
     law: str = ""  # the data law that was taken for `data: auto`
+    memory: dict[str, Any] | None = None  # of the KV cache, as in harness.run.outcome
 
     @classmethod
     def of(
@@ -85,6 +86,7 @@ class Record:
             worker=worker,
             case=plain_dict(asdict(case)),
             law=verdict.law,
+            memory=verdict.memory,
         )
 
     def to_json(self) -> str:

@@ -1,0 +1,122 @@
+"""Boundary probes: where the two suspect pages of a case lie, decided from the axes alone, without torch.
+
+Invariant: of all pages of a batch exactly two, its first and its last, lie at the boundary; every other page lies below
+it. `below` is the last two pages that end before the boundary, `straddling` the page the boundary cuts and the one
+before, `above` the first two behind it, `far` two at more than twice the boundary, where a wrapped offset is positive
+again and lies inside the pool.
+
+    bytes31, bytes32         the byte offset at which signed, unsigned 32-bit offsets in bytes wrap
+    elements31, elements32   the element offset at which those in elements wrap
+    page15 ... page24        page ids 2^15, 2^16, 2^23, 2^24, where int16, uint16, int24, uint24 and float32 ids end
+    carry                    where base + offset carries into the upper 32 bits, in a pool that may be small
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from harness.case import Case
+from harness.dtypes import element_type
+
+BOUNDARIES = ("bytes31", "bytes32", "elements31", "elements32", "page15", "page16", "page23", "page24", "carry")
+TARGETS = ("kv", "k", "v")
+POSITIONS = ("straddling", "below", "above", "far")
+_SUSPECT = 13  # number of the page at the boundary, where the page stride is free to put it there
+_OTHERS = (5, 6, 7, 8, 9, 10)  # page ids of the pages that are no suspects: off page 0 to 3, where wrapped offsets lie
+_SPARE = 3
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where pages lie. `page_strides` (elements, by "k" and "v") holds the tensors whose addresses reach the boundary;
+    `low_bits` (by the same names) are the low 32 bits that the address of the pool must have.
+    """
+
+    suspects: tuple[int, int]
+    num_pages: int
+    page_strides: dict[str, int]
+    low_bits: dict[str, int]
+
+    def pages(self, needed: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """Page ids of every sequence, `needed` pages each."""
+        ids = [self.suspects[0], *_OTHERS[: sum(needed) - 2], self.suspects[1]]
+        starts = [sum(needed[:seq]) for seq in range(len(needed))]
+        return tuple(tuple(ids[start : start + count]) for start, count in zip(starts, needed, strict=True))
+
+
+def boundary_refusal(case: Case) -> str | None:
+    """Why `case` cannot probe its boundary, in one sentence; None where it can, or has none."""
+    if case.boundary is None:
+        return None
+    name, target = f"boundary {case.boundary}", case.boundary_target
+    count = sum(-(-max(seq_len, 0) // case.page_size) for seq_len in case.rows.seq_lens)
+    if not 2 <= count <= 2 + len(_OTHERS):
+        return f"{name}: the batch has {count} pages of {case.page_size} tokens; a probe has 2 to {2 + len(_OTHERS)}"
+    if case.boundary.startswith("page") and target != "kv":
+        return f"{name}: K and V have the same page ids: the target is kv, not {target}"
+    if case.num_q_heads % case.gqa_ratio:
+        return f"{name}: gqa_ratio {case.gqa_ratio} does not divide {case.num_q_heads} query heads"
+    if case.value_size != case.head_size:
+        return f"{name}: K and V must have pages of the same size"
+    if case.strides != "compact" or case.placement.kind != "shuffled":
+        return f"{name}: it says where pages lie: leave strides and placement at their default"
+    first, last = _at(case)
+    if case.boundary_position == "straddling" and first > last:
+        return f"{name}: no page straddles it, as whole pages of {_page(case)} elements end there"
+    if min(geometry(case).suspects) <= max(_OTHERS):
+        return f"{name}: pages of {_page(case)} elements are too large to lie {case.boundary_position} it"
+    return None
+
+
+def geometry(case: Case) -> Geometry:
+    """Where the pages of a case with a boundary lie."""
+    reaching = ("k", "v") if case.boundary_target == "kv" else (case.boundary_target,)
+    stride, (first, last) = _stride(case), _at(case)
+    suspects = {
+        "below": (first - 2, first - 1),
+        "straddling": (first - 1, first),
+        "above": (last + 1, last + 2),
+        "far": (first * 9 // 4, first * 9 // 4 + 1),
+    }[case.boundary_position]
+    carry = (1 << 32) - _limit(case) * element_type(case.stored_dtype).size if case.boundary == "carry" else 0
+    strides = dict.fromkeys(reaching, stride)
+    return Geometry(suspects, max(suspects) + 1 + _SPARE, strides, dict.fromkeys(reaching, carry))
+
+
+def _page(case: Case) -> int:
+    """Elements of a page of K, which is as large as one of V."""
+    return case.page_size * case.num_kv_heads * case.head_size
+
+
+def _limit(case: Case) -> int:
+    """The boundary, in elements from the start of the pool; in pages for boundaries of page ids."""
+    name, size = case.boundary or "", element_type(case.stored_dtype).size
+    if name == "carry":
+        return _SUSPECT * _page(case) + _middle(case)
+    exponent = int(name[-2:])
+    return 1 << exponent if not name.startswith("bytes") else (1 << exponent) // size
+
+
+def _middle(case: Case) -> int:
+    """Half a page, cut to 16 bytes."""
+    step = 16 // element_type(case.stored_dtype).size
+    return _page(case) // 2 // step * step
+
+
+def _stride(case: Case) -> int:
+    """Elements from page to page of what reaches the boundary: whole pages where both do or the pool is small; else so
+    many that the boundary cuts page _SUSPECT near its middle.
+    """
+    if case.boundary_target == "kv" or case.boundary == "carry":
+        return _page(case)
+    step = 16 // element_type(case.stored_dtype).size
+    return (_limit(case) - _middle(case)) // _SUSPECT // step * step
+
+
+def _at(case: Case) -> tuple[int, int]:
+    """The page that the boundary cuts, twice; where none is cut, the first behind the boundary and the last before."""
+    limit = _limit(case)
+    if (case.boundary or "").startswith("page"):
+        return limit, limit
+    page, inside = divmod(limit, _stride(case))
+    return (page, page - 1) if inside == 0 else (page, page)
