@@ -1,7 +1,7 @@
 """Boundary probes: where the two suspect pages of a case lie, decided from the axes alone, without torch.
 
 Invariant: of all pages of a batch exactly two, its first and its last, lie at the boundary; every other page lies below
-it. `below` is the last two pages that end before the boundary, `straddling` the page the boundary cuts and the one
+it. `below` is the last two pages that end before the boundary, `straddling` the page the boundary cuts, then the one
 before, `above` the first two behind it, `far` two at more than twice the boundary, where a wrapped offset is positive
 again and lies inside the pool.
 
@@ -74,7 +74,7 @@ def geometry(case: Case) -> Geometry:
     stride, (first, last) = _stride(case), _at(case)
     suspects = {
         "below": (first - 2, first - 1),
-        "straddling": (first - 1, first),
+        "straddling": (first, first - 1),
         "above": (last + 1, last + 2),
         "far": (first * 9 // 4, first * 9 // 4 + 1),
     }[case.boundary_position]
