@@ -39,6 +39,11 @@ class KernelRaised(AttnregError):
     """The kernel under test raised an exception of its own; the cause is chained."""
 
 
+def is_cpu_out_of_memory(error: BaseException) -> bool:
+    """Whether torch's CPU allocator failed, for which torch has no type of its own."""
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or its type where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

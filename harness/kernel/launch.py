@@ -17,7 +17,7 @@ import torch
 
 from harness.cache.pool import Pool
 from harness.case import Case
-from harness.errors import AttnregError, KernelRaised, first_line
+from harness.errors import AttnregError, KernelRaised, first_line, is_cpu_out_of_memory
 from harness.interpreter.errors import MemoryFault
 from harness.kernel.arguments import LaunchArguments
 from harness.kernel.contract import Contract
@@ -96,6 +96,8 @@ def _call(launcher: Launcher, args: LaunchArguments) -> None:
     except (AttnregError, torch.OutOfMemoryError, torch.AcceleratorError, MemoryError, KeyboardInterrupt):
         raise
     except BaseException as error:  # a kernel may raise anything, also what ends or skips a test: it is a failure
+        if is_cpu_out_of_memory(error):
+            raise MemoryError(first_line(error)) from error
         raise KernelRaised(f"the kernel raised {type(error).__name__}: {first_line(error)}") from error
 
 

@@ -15,7 +15,7 @@ import torch
 
 from harness.cache.effective import effective_kv
 from harness.case import Case
-from harness.errors import KernelNotFound, KernelRaised, LawError, PlacementError, SetupBug, first_line
+from harness.errors import KernelNotFound, KernelRaised, LawError, PlacementError, SetupBug, first_line, is_cpu_out_of_memory
 from harness.interpreter import prepare
 from harness.kernel.contract import Contract
 from harness.kernel.launch import LaunchResult, launch
@@ -98,6 +98,10 @@ def run_case(case: Case, contract: Contract, options: Options) -> Verdict:
         verdict = Verdict(Outcome.OUT_OF_MEMORY, first_line(error))
     except torch.AcceleratorError as error:
         verdict = Verdict(Outcome.CRASH, f"the device context died: {first_line(error)}")
+    except RuntimeError as error:
+        if not is_cpu_out_of_memory(error):
+            raise
+        verdict = Verdict(Outcome.OUT_OF_MEMORY, first_line(error))
     seeds = {"geometry": case.geometry_seed, "data": case.data_seed}
     return replace(verdict, seconds=watch.seconds, seeds=seeds, law=law)
 
