@@ -9,6 +9,7 @@ one. Exits 1 where a probe is not green, or takes more than its limit.
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 import time
@@ -97,7 +98,9 @@ def measure(cases: list[Case], device: torch.device) -> list[Measured]:
             run_case(case, kernels[case.kernel], options)
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    gc.collect()
     before, found = gauge(), []
+    print(f"the process itself: {before / 2**20:.0f} MiB")
     for case in cases:
         peak, start = Peak(gauge), time.perf_counter()
         with peak.watched():

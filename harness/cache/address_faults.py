@@ -77,3 +77,10 @@ FAULTS: tuple[AddressFault, ...] = (
     AddressFault("int24_page", "the page id is cut to 24 bits, with sign", ("page23", "page24"), page=_signed(24)),
     AddressFault("uint24_page", "the page id is cut to 24 bits", ("page24",), page=_unsigned(24)),
 )  # fmt: skip
+
+
+def tell_move(what: str, done: str, right: int, wrong: int, fault: AddressFault) -> str:
+    """One line: the element `right` of `what`, counted from the start of the pool, was `done` at element `wrong`."""
+    by = wrong - right
+    how = f"2^32 x {by >> 32:+d}" if by % _2_32 == 0 else f"{by:+,}"
+    return f"{what} at element {right:,} was {done} at element {wrong:,} ({how}): {fault.words}"

@@ -21,7 +21,7 @@ from harness.cache.probe import Decoy, Live, plant_decoys, reserve
 from harness.cache.positions import key_positions, new_token_keys
 from harness.cache.quantise import bits_of, quantise
 from harness.dtypes import element_type
-from harness.problem.boundary import geometry
+from harness.problem.boundary import cache_geometry
 from harness.problem.problem import Problem
 
 
@@ -127,7 +127,7 @@ def _fill(
     heads, dim = payload.shape[1:]
     shape = cache_shape(case.layout, which, placed.num_pages, page_size, heads, dim, stored.size)
     fill, pool = poison_bits(stored, poison), None
-    at = None if case.boundary is None else geometry(case)
+    at = cache_geometry(case)
     if at is None or which not in at.page_strides:
         cache = allocate(case.layout, which, shape, stored, fill, case.strides != "compact", device)
     else:

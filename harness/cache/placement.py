@@ -14,7 +14,7 @@ import torch
 from harness.case import Case
 from harness.errors import PlacementError
 from harness.problem import random
-from harness.problem.boundary import geometry
+from harness.problem.boundary import cache_geometry
 from harness.problem.admission import pages_needed, placement_refusal, shared_prefix_len
 
 _FAR = 1 << 30  # table padding `out_of_range`: times any stride beyond any pool
@@ -40,8 +40,7 @@ def place(case: Case) -> Placed:
     if reason := placement_refusal(case):
         raise PlacementError(reason)
     needed = pages_needed(case)
-    if case.boundary is not None:
-        at = geometry(case)
+    if at := cache_geometry(case):
         return Placed(at.pages(needed), at.num_pages)
     spare = max(3, sum(needed) // 8)
     if case.placement.kind == "explicit":

@@ -21,7 +21,7 @@ BLOCK = 16 << 20  # bytes that everything without memory of its own shares
 _PAGE = mmap.PAGESIZE
 _2_32 = 1 << 32
 _FAILED = ctypes.c_void_p(-1).value
-_MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000  # of Linux; mmap names MAP_NORESERVE from Python 3.11 on, MAP_FIXED never
+_MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000  # of Linux
 _PROT_NONE = 0
 
 

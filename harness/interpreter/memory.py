@@ -6,6 +6,8 @@ regions of a list are disjoint and ascending, so that one sorted search places a
 
 from __future__ import annotations
 
+import mmap
+import sys
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     import torch
 
+_MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # mmap has no name for it before Python 3.14
 Addresses = npt.NDArray[np.uint64]
 
 
@@ -102,8 +105,7 @@ class WriterMap:
         """
         writers = self._writers.get((start, end, unit))
         if writers is None:
-            # Zero pages cost nothing until they are written, so that a large address range is fine.
-            writers = self._writers[start, end, unit] = np.zeros((end - start + unit - 1) // unit, dtype=np.int32)
+            writers = self._writers[start, end, unit] = _zeros((end - start + unit - 1) // unit)
         element = ((addresses - np.uint64(start)) // np.uint64(unit)).astype(np.int64)
         if size > unit:
             element = (element[:, None] + np.arange(size // unit)).reshape(-1)
@@ -115,6 +117,14 @@ class WriterMap:
         earlier = (previous > 0) & (previous < launch_serial)
         first = start + int(element[clash.argmax()]) * unit if clash.any() else 0
         return StoreCounts(int(clash.sum()), int(earlier.sum()), first)
+
+
+def _zeros(count: int) -> npt.NDArray[np.int32]:
+    """int32 [count] of zeros, which cost nothing until they are written, nor are they counted as promised memory: an
+    address range may be larger than the machine.
+    """
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    return np.frombuffer(mmap.mmap(-1, 4 * count, flags=flags), dtype=np.int32)
 
 
 def describe(buffers: Iterable[Buffer], address: int, size: int) -> str:

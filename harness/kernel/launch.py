@@ -22,6 +22,7 @@ from harness.interpreter.errors import MemoryFault
 from harness.kernel.arguments import LaunchArguments
 from harness.kernel.contract import Contract
 from harness.kernel.guarded import GuardedOutput, checksum, fingerprint
+from harness.kernel.reaching import ReachingOutput
 from harness.kernel.registry import Launcher
 
 _INPUTS = (
@@ -111,6 +112,9 @@ def _interpreted(
     from harness.interpreter.strict import strict_interpreter  # needs numpy, which comes with triton
 
     written = {output.name: output.tensor for output in outputs}
+    for output in outputs:
+        if isinstance(output, ReachingOutput):
+            written[f"surroundings of {output.name}"] = output.surroundings
     interpreter = strict_interpreter({**inputs, **written}, outputs=set(written), program_order_seed=seed)
     with interpreter as session, suppress(MemoryFault):  # recorded by the session; the kernel ends there
         _call(launcher, args)

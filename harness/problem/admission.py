@@ -76,8 +76,8 @@ def descales_refusal(case: Case) -> str | None:
 def placement_refusal(case: Case) -> str | None:
     """Why the placement or the boundary of `case` does not fit its lengths, in one sentence; None where it does."""
     placement, lens = case.placement, ", ".join(map(str, case.rows.context_lens))
-    if case.boundary is not None:
-        return boundary_refusal(case)
+    if reason := boundary_refusal(case):
+        return reason
     if placement.kind == "shared_prefix" and not shared_prefix_len(case):
         return f"shared_prefix: no whole page of {case.page_size} tokens fits every context (context_lens {lens})"
     if placement.kind == "explicit":

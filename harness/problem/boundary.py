@@ -1,4 +1,5 @@
-"""Boundary probes: where the two suspect pages of a case lie, decided from the axes alone, without torch.
+"""Boundary probes: where the two suspect pages of a case lie, or the rows of its output, decided from the axes alone,
+without torch.
 
 Invariant: of all pages of a batch exactly two, its first and its last, lie at the boundary; every other page lies below
 it. `below` is the last two pages that end before the boundary, `straddling` the page the boundary cuts, then the one
@@ -9,6 +10,9 @@ again and lies inside the pool.
     elements31, elements32   the element offset at which those in elements wrap
     page15 ... page24        page ids 2^15, 2^16, 2^23, 2^24, where int16, uint16, int24, uint24 and float32 ids end
     carry                    where base + offset carries into the upper 32 bits, in a pool that may be small
+
+Where the target is the output, its last token takes the place of the suspect pages, and the token stride that of the
+page stride.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from harness.case import Case
 from harness.dtypes import element_type
 
 BOUNDARIES = ("bytes31", "bytes32", "elements31", "elements32", "page15", "page16", "page23", "page24", "carry")
-TARGETS = ("kv", "k", "v")
+TARGETS = ("kv", "k", "v", "out")
 POSITIONS = ("straddling", "below", "above", "far")
 _SUSPECT = 13  # number of the page at the boundary, where the page stride is free to put it there
 _OTHERS = (5, 6, 7, 8, 9, 10)  # page ids of the pages that are no suspects: off page 0 to 3, where wrapped offsets lie
@@ -49,6 +53,8 @@ def boundary_refusal(case: Case) -> str | None:
     if case.boundary is None:
         return None
     name, target = f"boundary {case.boundary}", case.boundary_target
+    if target == "out":
+        return _output_refusal(case)
     count = sum(-(-max(seq_len, 0) // case.page_size) for seq_len in case.rows.seq_lens)
     if not 2 <= count <= 2 + len(_OTHERS):
         return f"{name}: the batch has {count} pages of {case.page_size} tokens; a probe has 2 to {2 + len(_OTHERS)}"
@@ -60,16 +66,20 @@ def boundary_refusal(case: Case) -> str | None:
         return f"{name}: K and V must have pages of the same size"
     if case.strides != "compact" or case.placement.kind != "shuffled":
         return f"{name}: it says where pages lie: leave strides and placement at their default"
+    at = cache_geometry(case)
+    assert at is not None
     first, last = _at(case)
     if case.boundary_position == "straddling" and first > last:
         return f"{name}: no page straddles it, as whole pages of {_page(case)} elements end there"
-    if min(geometry(case).suspects) <= max(_OTHERS):
+    if min(at.suspects) <= max(_OTHERS):
         return f"{name}: pages of {_page(case)} elements are too large to lie {case.boundary_position} it"
     return None
 
 
-def geometry(case: Case) -> Geometry:
-    """Where the pages of a case with a boundary lie."""
+def cache_geometry(case: Case) -> Geometry | None:
+    """Where the pages of a probe of K or V lie; None where `case` is no such."""
+    if case.boundary is None or case.boundary_target == "out":
+        return None
     reaching = ("k", "v") if case.boundary_target == "kv" else (case.boundary_target,)
     stride, (first, last) = _stride(case), _at(case)
     suspects = {
@@ -81,6 +91,39 @@ def geometry(case: Case) -> Geometry:
     carry = (1 << 32) - _limit(case) * element_type(case.stored_dtype).size if case.boundary == "carry" else 0
     strides = dict.fromkeys(reaching, stride)
     return Geometry(suspects, max(suspects) + 1 + _SPARE, strides, dict.fromkeys(reaching, carry))
+
+
+def output_geometry(case: Case) -> tuple[int, int] | None:
+    """Token stride of the output, in elements, and the low 32 bits of its address; None where its addresses reach none.
+
+    The last token lies at the boundary, or at more than twice it.
+    """
+    if case.boundary is None or case.boundary_target != "out":
+        return None
+    size, row, last = element_type(case.dtype).size, case.num_q_heads * case.value_size, case.rows.num_tokens - 1
+    step = 16 // size
+    if case.boundary == "carry":
+        limit = last * row + row // 2 // step * step
+        return row, ((1 << 32) - limit * size) % (1 << 32)
+    limit = (1 << int(case.boundary[-2:])) // (size if case.boundary.startswith("bytes") else 1)
+    start = {
+        "below": limit - row,
+        "straddling": limit - row // 2,
+        "above": limit + 2 * row,  # an unsigned wrap leads behind the first token
+        "far": limit * 9 // 4,
+    }[case.boundary_position]
+    return start // last // step * step, 0
+
+
+def _output_refusal(case: Case) -> str | None:
+    name = f"boundary {case.boundary} of out"
+    if (case.boundary or "").startswith("page"):
+        return f"{name}: an output has no pages"
+    if case.rows.num_tokens < 2 or case.strides != "compact":
+        return f"{name}: it needs two tokens, and says itself how far apart they lie"
+    if case.boundary == "carry" and case.boundary_position != "straddling":
+        return f"{name}: the carry lies in the last token: the position is straddling"
+    return None
 
 
 def _page(case: Case) -> int:

@@ -13,15 +13,16 @@ from typing import Any
 import torch
 
 from harness.cache.address import address
-from harness.cache.address_faults import FAULTS, AddressFault
-from harness.cache.build import KVCache, live_tokens
+from harness.cache.address_faults import FAULTS, AddressFault, tell_move
+from harness.cache.build import live_tokens
 from harness.cache.probe import Live, Reach, storage_bits
 from harness.cache.quantise import bits_of
 from harness.kernel.contract import Contract
+from harness.kernel.reaching import ReachingOutput
 from harness.oracle.judge import judge
 from harness.oracle.observability import MARGIN
 from harness.oracle.tolerance import Tolerance, tolerance
-from harness.problem.boundary import geometry
+from harness.problem.boundary import cache_geometry
 from harness.run.reference import build_reference
 from harness.run.setup import Setup
 from references.attention import AttentionReference
@@ -39,9 +40,10 @@ class Misread:
     read: int  # the element that is read instead
 
 
-def memory_of(cache: KVCache) -> dict[str, Any]:
-    """What K and V take: the kind of pool, bytes of addresses and bytes of memory."""
-    pools = [cache.pool(which) for which in ("k", "v")]
+def memory_of(setup: Setup) -> dict[str, Any]:
+    """What K, V and outputs far apart take: the kind of pool, bytes of addresses and bytes of memory."""
+    pools = [setup.cache.pool(which) for which in ("k", "v")]
+    pools += [output.pool for output in setup.outputs if isinstance(output, ReachingOutput)]
     aliased = any(pool.kind == "aliased" for pool in pools)
     return {
         "pool": "aliased" if aliased else "dense",
@@ -58,7 +60,7 @@ def unseen_addresses(
     Just below a boundary nothing is to be seen.
     """
     case = setup.problem.case
-    if case.boundary is None or case.boundary_position == "below":
+    if case.boundary_position == "below":
         return None
     wanted = [fault for fault in FAULTS if case.boundary in fault.for_boundaries]
     found = {(m.which, m.fault.name): m for m in _misreads(setup, contract) if m.fault in wanted}
@@ -75,9 +77,6 @@ def unseen_addresses(
 
 def tell_addresses(setup: Setup, contract: Contract, out: torch.Tensor) -> list[str]:
     """Which wrong addresses explain `out` [num_tokens, num_q_heads, head_size_v], most likely one; [] where none does."""
-    case = setup.problem.case
-    if case.boundary is None:
-        return []
     misreads = list(_misreads(setup, contract))
     alone = [(misread,) for misread in misreads]
     both = [(k, v) for k in misreads for v in misreads if (k.which, v.which) == ("k", "v") and k.fault == v.fault]
@@ -96,12 +95,7 @@ def _explained(setup: Setup, contract: Contract, out: torch.Tensor, misread: tup
     if not judge(out, None, expected, allowed).clean:
         return
     for m in misread:
-        by = m.read - m.right
-        how = f"2^32 x {by >> 32:+d}" if by % (1 << 32) == 0 else f"{by:+,}"
-        yield (
-            f"{m.which.upper()} of page {m.page:,} at element {m.right:,} was read at element {m.read:,} ({how}): "
-            f"{m.fault.words}"
-        )
+        yield tell_move(f"{m.which.upper()} of page {m.page:,}", "read", m.right, m.read, m.fault)
 
 
 def _outcome(setup: Setup, contract: Contract, misread: tuple[Misread, ...]) -> AttentionReference:
@@ -115,12 +109,14 @@ def _outcome(setup: Setup, contract: Contract, misread: tuple[Misread, ...]) -> 
 def _misreads(setup: Setup, contract: Contract) -> Iterator[Misread]:
     """Every fault that would read an element of a live token elsewhere, in the tensors that reach the boundary."""
     problem, cache = setup.problem, setup.cache
-    low_bits = geometry(problem.case).low_bits
+    at = cache_geometry(problem.case)
+    if at is None:
+        return
     live = live_tokens(problem, cache.pages, cache.cached_lens)
     for which in cache.pools:
         tensor, payload = (cache.k, cache.key_payload) if which == "k" else (cache.v, cache.value_payload)
         where = address(tensor, problem.case.layout, which, *payload.shape[1:])
-        reach = Reach.of(where, tensor.element_size(), low_bits[which])
+        reach = Reach.of(where, tensor.element_size(), at.low_bits[which])
         for fault in FAULTS:
             misread = _misread(reach, tensor, payload, live, which, fault)
             if misread is not None:

@@ -122,7 +122,7 @@ def _judged(case: Case, contract: Contract, options: Options, watch: Stopwatch) 
                 check_setup(setup, contract)
     except SetupBug as bug:
         return Verdict(Outcome.TEST_BUG, f"before launch: {bug}", explanation=explain_setup_bug(bug))
-    memory = memory_of(setup.cache)
+    memory = memory_of(setup)
     if blind := _blindness(setup):
         return Verdict(Outcome.BLIND, blind, memory=memory)
     return replace(_launched(contract, setup, options, watch), memory=memory)

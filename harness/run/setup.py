@@ -18,6 +18,8 @@ from harness.kernel.arguments import LaunchArguments
 from harness.kernel.check import check_arguments
 from harness.kernel.contract import Contract
 from harness.kernel.guarded import GuardedOutput, guarded_output, same_bits, strided_copy
+from harness.kernel.reaching import reaching_output
+from harness.problem.boundary import output_geometry
 from harness.problem.problem import Problem
 from harness.run.plant import NO_PLANT, Plant
 
@@ -124,7 +126,11 @@ def _outputs(problem: Problem, contract: Contract) -> tuple[GuardedOutput, ...]:
     tokens, heads = case.rows.num_tokens, case.num_q_heads
     dtype = element_type(contract.numerics.out_type(case.dtype)).torch
     device, strided = problem.q.device, case.strides == "all"
-    out = guarded_output("out", (tokens, heads, case.value_size), dtype, device, strided)
+    shape = (tokens, heads, case.value_size)
+    if reach := output_geometry(case):
+        out = reaching_output("out", shape, dtype, device, *reach)
+    else:
+        out = guarded_output("out", shape, dtype, device, strided)
     if not contract.returns_lse:
         return (out,)
     return (out, guarded_output("lse", (tokens, heads), torch.float32, device, strided))

@@ -139,6 +139,44 @@ def test_a_wrong_address_is_caught_and_named(name: str, device: str, tmp_path: P
     assert verdict.reason.startswith(verdict.explanation["rows"]["address"][0])
 
 
+OUT_FAULTS = {
+    "signed": Fault(
+        "(token * out_stride_token + head",
+        "((token.to(tl.int32) * out_stride_token.to(tl.int32)).to(tl.int64) + head",
+        probe("unified_paged", "elements31", boundary_target="out"),
+        ("token 3 of out at element 2,147,484,1", "was written at element -2,147,483,1", "2^32 x -1", "a signed 32-bit"),
+    ),
+    "unsigned": Fault(
+        "out_ptr + token * stride_out_token",
+        "out_ptr + (token.to(tl.uint32) * stride_out_token.to(tl.uint32)).to(tl.int64)",
+        probe("paged_decode", "elements32", boundary_target="out", boundary_position="far"),
+        ("token 1 of out at element 9,663,676,416", "an unsigned 32-bit offset in elements wraps"),
+    ),
+    "bytes": Fault(
+        "(token * out_stride_token + head * out_stride_head)[:, None] + (dim * out_stride_dim)[None, :]",
+        "(((token * out_stride_token + head * out_stride_head)[:, None] + (dim * out_stride_dim)[None, :]) * 2)"
+        ".to(tl.uint32).to(tl.int64) // 2",
+        probe("unified_paged", "bytes32", boundary_target="out", boundary_position="straddling"),
+        ("token 3 of out at element 2,147,483,648 was written at element 0", "an unsigned 32-bit offset in bytes wraps"),
+    ),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", OUT_FAULTS)
+def test_a_store_at_a_wrong_address_is_caught_and_named(name: str, device: str, tmp_path: Path) -> None:
+    old, new, case, says = OUT_FAULTS[name]
+    honest = run_case(case, KERNELS[case.kernel], Options(device=device))
+    assert honest.outcome is Outcome.PASS, honest.reason
+    assert honest.memory is not None
+    assert (honest.memory["pool"], honest.memory["physical_bytes"] < 256 << 20) == ("aliased", True)
+    verdict = run_case(case, mutated(KERNELS[case.kernel], old, new, tmp_path), Options(device=device))
+    assert verdict.outcome is Outcome.FAIL
+    assert verdict.explanation is not None
+    told = " | ".join(verdict.explanation["rows"]["violates"])
+    assert [words for words in says if words not in told] == [], told
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", FAULTS)
 def test_the_same_case_is_green_on_the_honest_kernel_in_little_memory(name: str, device: str) -> None:
