@@ -1,4 +1,4 @@
-"""Boundary probes: seconds and peak memory of every one, on every in-tree kernel; pools of 10 GB and 64 GB of addresses.
+"""Boundary probes: seconds and peak memory of every one, on every in-tree kernel; pools of 10 and 64 GB of addresses.
 
     python benchmarks/boundaries.py [--device cuda]
 
@@ -147,15 +147,14 @@ def main() -> None:
     for size, pool in pools.items():
         print(f"pool of {size}: {pool['seconds'] * 1e3:.1f} ms, {pool['physical_bytes'] / 2**20:.1f} MiB")
     rows = measure(probes(chosen.quick), device)
-    print(f"\n{'kernel':<30}{'of':<4}{'probes':>7}{'green':>7}{'worst s':>9}{'mean s':>8}{'peak MiB':>10}{'addresses GiB':>15}")
+    titles = ("probes", "green", "worst s", "mean s", "peak MiB", "reach GiB")
+    print(f"\n{'kernel':<30}{'of':<4}", *(f"{title:>9}" for title in titles))
     for kernel, target in sorted({(row.kernel, row.target) for row in rows}):
         group = [row for row in rows if (row.kernel, row.target) == (kernel, target)]
         seconds, green = [row.seconds for row in group], sum(row.outcome == Outcome.PASS for row in group)
         peak, reach = max(row.peak_bytes for row in group) / 2**20, max(row.address_bytes for row in group) / GB
-        print(
-            f"{kernel:<30}{target:<4}{len(group):>7}{green:>7}{max(seconds):>9.2f}{sum(seconds) / len(seconds):>8.2f}"
-            f"{peak:>10.1f}{reach:>15.1f}"
-        )
+        figures = (f"{max(seconds):.2f}", f"{sum(seconds) / len(seconds):.2f}", f"{peak:.1f}", f"{reach:.1f}")
+        print(f"{kernel:<30}{target:<4}", *(f"{text:>9}" for text in (len(group), green, *figures)))
     wrong = [
         row
         for row in rows

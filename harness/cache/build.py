@@ -17,8 +17,8 @@ from harness.cache.layouts import allocate, as_stored, by_slot, cache_shape
 from harness.cache.placement import Placed, page_table, place
 from harness.cache.poison import poison_bits, poisoned, tail_bits
 from harness.cache.pool import Pool, dense_pool
-from harness.cache.probe import Decoy, Live, plant_decoys, reserve
 from harness.cache.positions import key_positions, new_token_keys
+from harness.cache.probe import Decoy, Live, plant_decoys, reserve
 from harness.cache.quantise import bits_of, quantise
 from harness.dtypes import element_type
 from harness.problem.boundary import cache_geometry

@@ -1,7 +1,7 @@
 """Placement: which physical pages each sequence gets, and the page table a kernel is handed.
 
 Invariant: no two sequences share a page except by a shared prefix; page 0 (the null page) is used by explicit placement
-and by boundary probes only; the pool has spare pages, so that an id off by a little, or a padded table entry, leads to poison.
+only; the pool has spare pages, so that an id off by a little, or a padded table entry, leads to poison.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from harness.case import Case
 from harness.errors import PlacementError
 from harness.problem import random
-from harness.problem.boundary import cache_geometry
 from harness.problem.admission import pages_needed, placement_refusal, shared_prefix_len
+from harness.problem.boundary import cache_geometry
 
 _FAR = 1 << 30  # table padding `out_of_range`: times any stride beyond any pool
 

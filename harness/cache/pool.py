@@ -16,6 +16,7 @@ import torch
 
 POISON_BYTE = 0xFF  # NaN in every float type here
 Interval = tuple[int, int]  # bytes [first, end)
+_PIECE = 4096  # bytes
 _SPARE = 256 << 20  # bytes that a dense pool leaves to everybody else
 
 
@@ -108,6 +109,11 @@ def _meminfo() -> int:
     except OSError:
         return 1 << 62  # a system that does not say: the allocation itself will
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+def pieces(offsets: torch.Tensor) -> list[Interval]:
+    """Intervals of a few bytes each that hold the bytes at `offsets`, int64 of any shape."""
+    return [(piece * _PIECE, (piece + 1) * _PIECE) for piece in set((offsets // _PIECE).flatten().tolist())]
 
 
 def granules(own: Iterable[Interval], size: int, offset: int) -> list[Interval]:

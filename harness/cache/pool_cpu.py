@@ -67,9 +67,9 @@ class _Memory(ctypes.Structure):
     """A buffer over memory it does not own; being a class of Python's it can be watched by weakref."""
 
     @staticmethod
-    def from_address_range(address: int, size: int) -> ctypes.Structure:
-        fields = [("data", ctypes.c_char * size)]
-        return type("Range", (_Memory,), {"_fields_": fields}).from_address(address)
+    def from_address_range(address: int, size: int) -> _Memory:
+        sized: type[_Memory] = type("_Range", (_Memory,), {"_fields_": [("data", ctypes.c_char * size)]})
+        return sized.from_address(address)
 
 
 def _map(libc: ctypes.CDLL, address: int | None, size: int, access: int, flags: int, file: int) -> int:

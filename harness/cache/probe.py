@@ -16,14 +16,12 @@ import torch
 
 from harness.cache.address import Address, address, planned_address
 from harness.cache.address_faults import FAULTS, AddressFault, Addressing
-from harness.cache.pool import Extent, Interval, Pool, make_pool
+from harness.cache.pool import Extent, Interval, Pool, make_pool, pieces
 from harness.cache.quantise import bits_of, quantise
 from harness.dtypes import ElementType, element_type
 from harness.problem import random
 from harness.problem.boundary import Geometry
 from harness.problem.problem import Problem
-
-_STEP = 4096  # bytes: what a decoy needs is asked for in pieces of this size
 
 
 @dataclass(frozen=True)
@@ -92,16 +90,14 @@ def reserve(
     own: list[Interval] = [(p * stride * stored.size, p * stride * stored.size + page_bytes) for p in pages_in(live)]
     lowest, highest = 0, shape[0] * stride * stored.size
     for fault in FAULTS:
-        pieces = (reach.moved(on_cpu, fault) * stored.size // _STEP).unique().tolist()
-        own += [(piece * _STEP, (piece + 1) * _STEP) for piece in pieces]
+        own += pieces(reach.moved(on_cpu, fault) * stored.size)
     lowest, highest = min(lowest, *(a for a, _ in own)), max(highest, *(b for _, b in own))
     pool = make_pool(Extent(-lowest, highest, at.low_bits[which]), own, problem.q.device, fill)
     return pool.view(stored.torch, shape, strides), pool
 
 
 def pages_in(live: Live) -> list[int]:
-    pages: list[int] = live.page.unique().tolist()
-    return pages
+    return sorted(set(live.page.tolist()))
 
 
 def plant_decoys(

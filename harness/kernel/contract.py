@@ -100,7 +100,8 @@ def required_features(case: Case) -> frozenset[str]:
         "softmax_scale": case.scale_factor != 1.0,
         "head_size_v": case.value_size != case.head_size,
         "prefill": any(q > 1 for q in case.rows.query_lens),
-        "strided_cache": case.strides != "compact" or (case.boundary is not None and case.boundary_target in ("k", "v")),
+        "strided_cache": case.strides != "compact"
+        or (case.boundary is not None and case.boundary_target in ("k", "v")),
         "strided_inputs": case.strides == "all" or (case.boundary is not None and case.boundary_target == "out"),
         "queries_before_keys": any(c < 0 for c in case.rows.context_lens),
     }

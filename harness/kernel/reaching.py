@@ -10,10 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from harness.cache.address_faults import FAULTS, Addressing, tell_move
-from harness.cache.pool import POISON_BYTE, Extent, Interval, Pool, make_pool
+from harness.cache.pool import POISON_BYTE, Extent, Interval, Pool, make_pool, pieces
 from harness.kernel.guarded import POISON, GuardedOutput
-
-_STEP = 4096  # bytes: memory of its own is asked for in pieces of this size
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class ReachingOutput(GuardedOutput):
         return f"{shared} bytes of memory beside {self.name} were written" if shared else None
 
     def _elsewhere(self) -> str | None:
-        """The faults that lead just the elements that were not written to places that were; None where there is none."""
+        """The faults that lead just the elements never written to places that were; None where there is none."""
         missing = self.unwritten().flatten(1)  # [tokens, heads * dim]
         right = _elements(self.tensor)  # [tokens, heads * dim]
         token = torch.arange(len(right), device=right.device)[:, None]
@@ -78,7 +76,7 @@ def reaching_output(
     touched = [token * token_stride + inner, *(fault.moved(token, inner, at) for fault in FAULTS)]
     own: list[Interval] = []
     for offsets in touched:
-        own += [(p * _STEP, (p + 1) * _STEP) for p in (offsets * dtype.itemsize // _STEP).unique().tolist()]
+        own += pieces(offsets * dtype.itemsize)
     extent = Extent(-min(0, *(first for first, _ in own)), max(end for _, end in own), low_bits)
     pool = make_pool(extent, own, device)
     tensor = pool.view(dtype, shape, strides)

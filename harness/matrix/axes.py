@@ -260,7 +260,9 @@ AXES: Mapping[str, Axis] = {
         _axis("num_splits", Number(1, optional=True), "splits", "split-KV parts; none: the path without split-KV"),
         _axis("scale_factor", Number(0, whole=False, exclusive=True), "scale", "softmax scale times sqrt(head_size)"),
         _axis("placement", PlacementValue(), "", "which physical pages a sequence gets"),
-        _axis("boundary", Choice(BOUNDARIES, optional=True), "at_", "where the addresses of a probe lie; none: no probe"),
+        _axis(
+            "boundary", Choice(BOUNDARIES, optional=True), "at_", "where the addresses of a probe lie; none: no probe"
+        ),
         _axis("boundary_target", Choice(TARGETS), "of_", "whose addresses reach the boundary"),
         _axis("boundary_position", Choice(POSITIONS), "", "where the two suspect pages lie"),
         _axis("rows", RowsValue(), "", "the batch: a row mix, by name or in place"),

@@ -52,9 +52,7 @@ def memory_of(setup: Setup) -> dict[str, Any]:
     }
 
 
-def unseen_addresses(
-    setup: Setup, contract: Contract, reference: AttentionReference, allowed: Tolerance
-) -> str | None:
+def unseen_addresses(setup: Setup, contract: Contract, reference: AttentionReference, allowed: Tolerance) -> str | None:
     """Why this set-up could not show one of the wrong addresses its boundary is for; None where it shows them all.
 
     Just below a boundary nothing is to be seen.
@@ -76,7 +74,7 @@ def unseen_addresses(
 
 
 def tell_addresses(setup: Setup, contract: Contract, out: torch.Tensor) -> list[str]:
-    """Which wrong addresses explain `out` [num_tokens, num_q_heads, head_size_v], most likely one; [] where none does."""
+    """Which wrong addresses explain `out` [num_tokens, num_q_heads, head_size_v]; [] where none does."""
     misreads = list(_misreads(setup, contract))
     alone = [(misread,) for misread in misreads]
     both = [(k, v) for k in misreads for v in misreads if (k.which, v.which) == ("k", "v") and k.fault == v.fault]

@@ -15,7 +15,15 @@ import torch
 
 from harness.cache.effective import effective_kv
 from harness.case import Case
-from harness.errors import KernelNotFound, KernelRaised, LawError, PlacementError, SetupBug, first_line, is_cpu_out_of_memory
+from harness.errors import (
+    KernelNotFound,
+    KernelRaised,
+    LawError,
+    PlacementError,
+    SetupBug,
+    first_line,
+    is_cpu_out_of_memory,
+)
 from harness.interpreter import prepare
 from harness.kernel.contract import Contract
 from harness.kernel.launch import LaunchResult, launch
@@ -158,7 +166,15 @@ def _launched(contract: Contract, setup: Setup, options: Options, watch: Stopwat
                 explanation = explain_unseen(seen, contract, options.demand, watch.device)
                 return Verdict(Outcome.BLIND, explanation["summary"], explanation=explanation)
         with watch.phase("launch"):
-            result = launch(contract, case, launcher, setup.args, setup.outputs, program_order_seed=case.geometry_seed, pools=setup.cache.pools_by_argument)
+            result = launch(
+                contract,
+                case,
+                launcher,
+                setup.args,
+                setup.outputs,
+                program_order_seed=case.geometry_seed,
+                pools=setup.cache.pools_by_argument,
+            )
         with watch.phase("judge"):
             verdict = _verdict(contract, setup, reference, allowed, result)
         if options.noise_floor == "off" or verdict.outcome is not Outcome.PASS:

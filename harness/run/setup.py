@@ -127,10 +127,12 @@ def _outputs(problem: Problem, contract: Contract) -> tuple[GuardedOutput, ...]:
     dtype = element_type(contract.numerics.out_type(case.dtype)).torch
     device, strided = problem.q.device, case.strides == "all"
     shape = (tokens, heads, case.value_size)
-    if reach := output_geometry(case):
-        out = reaching_output("out", shape, dtype, device, *reach)
-    else:
-        out = guarded_output("out", shape, dtype, device, strided)
+    reach = output_geometry(case)
+    out: GuardedOutput = (
+        guarded_output("out", shape, dtype, device, strided)
+        if reach is None
+        else reaching_output("out", shape, dtype, device, *reach)
+    )
     if not contract.returns_lse:
         return (out,)
     return (out, guarded_output("lse", (tokens, heads), torch.float32, device, strided))

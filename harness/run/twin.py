@@ -66,7 +66,15 @@ def with_noise_floor(
         return replace(verdict, explanation=with_row(verdict.explanation, "noise floor", f"not measured: {why}"))
     other = build_arguments(twin_problem(setup.problem, twin), contract)
     check_setup(other, contract)
-    result = launch(contract, twin, launcher, other.args, other.outputs, program_order_seed=twin.geometry_seed, pools=other.cache.pools_by_argument)
+    result = launch(
+        contract,
+        twin,
+        launcher,
+        other.args,
+        other.outputs,
+        program_order_seed=twin.geometry_seed,
+        pools=other.cache.pools_by_argument,
+    )
     other_reference = build_reference(other.problem, other.cache, contract)
     other_allowed = tolerance(other_reference, contract.numerics, twin.dtype, twin.head_size)
     judged = judge(other.outputs[0].tensor, None, other_reference, other_allowed, violations=result.violations)

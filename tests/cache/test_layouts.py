@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harness.cache.address import address
 from harness.cache.layouts import LAYOUTS, allocate, as_stored, by_slot, cache_shape, vector_size
 from harness.cache.poison import POISON_BITS
 from harness.cache.quantise import bits_of
-from harness.cache.address import address
 from harness.dtypes import ELEMENT_TYPES, element_type
 
 

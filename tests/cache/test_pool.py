@@ -65,7 +65,7 @@ def test_a_range_is_unmapped_when_its_last_tensor_is_gone() -> None:
 
 def test_more_addresses_than_there_are_is_a_memory_error() -> None:
     before = len(Path("/proc/self/maps").read_text().splitlines()) if pool_cpu.cpu_can_alias() else 0
-    with pytest.raises(MemoryError, match="cannot be mapped|is free|are free"):
+    with pytest.raises(MemoryError, match=r"cannot be mapped|is free|are free"):
         make_pool(Extent(0, 1 << 60, 0), [], torch.device("cpu"))
     if before:
         assert len(Path("/proc/self/maps").read_text().splitlines()) < before + 20

@@ -144,7 +144,12 @@ OUT_FAULTS = {
         "(token * out_stride_token + head",
         "((token.to(tl.int32) * out_stride_token.to(tl.int32)).to(tl.int64) + head",
         probe("unified_paged", "elements31", boundary_target="out"),
-        ("token 3 of out at element 2,147,484,1", "was written at element -2,147,483,1", "2^32 x -1", "a signed 32-bit"),
+        (
+            "token 3 of out at element 2,147,484,1",
+            "was written at element -2,147,483,1",
+            "2^32 x -1",
+            "a signed 32-bit",
+        ),
     ),
     "unsigned": Fault(
         "out_ptr + token * stride_out_token",
@@ -157,7 +162,10 @@ OUT_FAULTS = {
         "(((token * out_stride_token + head * out_stride_head)[:, None] + (dim * out_stride_dim)[None, :]) * 2)"
         ".to(tl.uint32).to(tl.int64) // 2",
         probe("unified_paged", "bytes32", boundary_target="out", boundary_position="straddling"),
-        ("token 3 of out at element 2,147,483,648 was written at element 0", "an unsigned 32-bit offset in bytes wraps"),
+        (
+            "token 3 of out at element 2,147,483,648 was written at element 0",
+            "an unsigned 32-bit offset in bytes wraps",
+        ),
     ),
 }
 
