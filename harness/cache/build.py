@@ -20,8 +20,9 @@ from harness.cache.pool import Pool, dense_pool
 from harness.cache.positions import key_positions, new_token_keys
 from harness.cache.probe import Decoy, Live, plant_decoys, reserve
 from harness.cache.quantise import bits_of, quantise
+from harness.cache.table_probe import Entries, reaching_table
 from harness.dtypes import element_type
-from harness.problem.boundary import cache_geometry
+from harness.problem.boundary import cache_geometry, table_geometry
 from harness.problem.problem import Problem
 
 
@@ -45,12 +46,15 @@ class KVCache:
     new_k: torch.Tensor | None  # [num_tokens, num_kv_heads, head_size] in the dtype of the case; None for content `all`
     new_v: torch.Tensor | None  # [num_tokens, num_kv_heads, head_size_v]
     kv_block_descale: torch.Tensor | None = None  # [num_pages, num_kv_heads, 2] float32, of K then V
-    pools: Mapping[str, Pool] = field(default_factory=dict)  # of "k", "v" where a boundary probe says where they lie
+    pools: Mapping[str, Pool] = field(
+        default_factory=dict
+    )  # of "k", "v", "table" where a boundary probe says where they lie
     decoys: tuple[Decoy, ...] = ()  # what such a probe put where a wrong address would lead
 
     @property
     def pools_by_argument(self) -> dict[str, Pool]:
-        return {f"{which}_cache": pool for which, pool in self.pools.items()}
+        names = {"k": "k_cache", "v": "v_cache", "table": "block_table"}
+        return {names[which]: pool for which, pool in self.pools.items()}
 
     def pool(self, which: str) -> Pool:
         """The memory of K or V."""
@@ -75,13 +79,18 @@ def build_cache(
     }
     live = live_tokens(problem, placed.pages, cached_lens)
     made = {name: _fill(problem, name, payloads[name], placed, live, poison) for name in payloads}
+    pools = {name: pool for name, (_, pool, _) in made.items() if pool is not None}
+    table = page_table(placed, case.table_padding, device)
+    if reach := table_geometry(case):
+        entries = Entries.of(tuple(cached_lens), case.page_size, device)
+        table, pools["table"] = reaching_table(table, reach, entries)
     query_start = [0]
     for query_len in case.rows.query_lens:
         query_start.append(query_start[-1] + query_len)
     return KVCache(
         k=made["k"][0],
         v=made["v"][0],
-        block_table=page_table(placed, case.table_padding, device),
+        block_table=table,
         seq_lens=torch.tensor(case.rows.seq_lens, dtype=torch.int32, device=device),
         query_start_loc=torch.tensor(query_start, dtype=torch.int32, device=device),
         k_scale=torch.tensor([problem.k_scale], dtype=torch.float32, device=device),
@@ -95,7 +104,7 @@ def build_cache(
         new_k=_new_tokens(problem, problem.k, content) if content.takes_new_tokens else None,
         new_v=_new_tokens(problem, problem.v, content) if content.takes_new_tokens else None,
         kv_block_descale=_block_descale(problem, placed),
-        pools={name: pool for name, (_, pool, _) in made.items() if pool is not None},
+        pools=pools,
         decoys=made["k"][2] + made["v"][2],
     )
 

@@ -17,7 +17,7 @@ import torch
 
 from harness.cache.pool import Extent, Interval, Pool, granules
 
-BLOCK = 16 << 20  # bytes that everything without memory of its own shares
+BLOCK = 8 << 20  # bytes that everything without memory of its own shares
 _PAGE = mmap.PAGESIZE
 _2_32 = 1 << 32
 _FAILED = ctypes.c_void_p(-1).value

@@ -22,6 +22,7 @@ from harness.cache.poison import POISON_BITS, tail_bits
 from harness.cache.pool import POISON_BYTE, Pool
 from harness.cache.probe import storage_bits
 from harness.cache.quantise import bits_of
+from harness.cache.table_probe import shared_is_poison
 from harness.cache.verify_descale import verify_block_descale
 from harness.dtypes import element_type
 from harness.errors import SetupBug
@@ -38,6 +39,8 @@ def verify_cache(problem: Problem, cache: KVCache, content: Content) -> None:
         _verify_pool(problem, cache, content, which)
         _verify_new_tokens(problem, cache, content, which)
     verify_block_descale(problem, cache)
+    if "table" in cache.pools and not shared_is_poison(cache.pools["table"]):
+        raise SetupBug("block_table", "poison in the memory that all unused addresses share", "something else")
 
 
 def verify_payload(problem: Problem, cache: KVCache, which: str) -> None:

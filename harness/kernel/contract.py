@@ -102,7 +102,8 @@ def required_features(case: Case) -> frozenset[str]:
         "prefill": any(q > 1 for q in case.rows.query_lens),
         "strided_cache": case.strides != "compact"
         or (case.boundary is not None and case.boundary_target in ("k", "v")),
-        "strided_inputs": case.strides == "all" or (case.boundary is not None and case.boundary_target == "out"),
+        "strided_inputs": case.strides == "all"
+        or (case.boundary is not None and case.boundary_target in ("out", "table")),
         "queries_before_keys": any(c < 0 for c in case.rows.context_lens),
     }
     return frozenset(name for name, needed in wanted.items() if needed)

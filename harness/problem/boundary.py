@@ -1,5 +1,5 @@
-"""Boundary probes: where the two suspect pages of a case lie, or the rows of its output, decided from the axes alone,
-without torch.
+"""Boundary probes: where the two suspect pages of a case lie, or the rows of its output or page table, decided from the
+axes alone, without torch.
 
 Invariant: of all pages of a batch exactly two, its first and its last, lie at the boundary; every other page lies below
 it. `below` is the last two pages that end before the boundary, `straddling` the page the boundary cuts, then the one
@@ -11,8 +11,8 @@ again and lies inside the pool.
     page15 ... page24        page ids 2^15, 2^16, 2^23, 2^24, where int16, uint16, int24, uint24 and float32 ids end
     carry                    where base + offset carries into the upper 32 bits, in a pool that may be small
 
-Where the target is the output, its last token takes the place of the suspect pages, and the token stride that of the
-page stride.
+Where the target is the output or the page table, its last token or row takes the place of the suspect pages, and the
+distance of tokens or rows that of pages.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from harness.case import Case
 from harness.dtypes import element_type
 
 BOUNDARIES = ("bytes31", "bytes32", "elements31", "elements32", "page15", "page16", "page23", "page24", "carry")
-TARGETS = ("kv", "k", "v", "out")
+TARGETS = ("kv", "k", "v", "out", "table")
 POSITIONS = ("straddling", "below", "above", "far")
 _SUSPECT = 13  # number of the page at the boundary, where the page stride is free to put it there
 _OTHERS = (5, 6, 7, 8, 9, 10)  # page ids of the pages that are no suspects: off page 0 to 3, where wrapped offsets lie
 _SPARE = 3
+_INDEX_SIZE = 4  # bytes of an entry of the page table
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,9 @@ def boundary_refusal(case: Case) -> str | None:
     if case.boundary is None:
         return None
     name, target = f"boundary {case.boundary}", case.boundary_target
-    if target == "out":
-        return _output_refusal(case)
-    count = sum(-(-max(seq_len, 0) // case.page_size) for seq_len in case.rows.seq_lens)
+    if target in ("out", "table"):
+        return _rows_refusal(case)
+    count = sum(_pages_of(case, seq) for seq in range(case.rows.num_seqs))
     if not 2 <= count <= 2 + len(_OTHERS):
         return f"{name}: the batch has {count} pages of {case.page_size} tokens; a probe has 2 to {2 + len(_OTHERS)}"
     if case.boundary.startswith("page") and target != "kv":
@@ -78,7 +79,7 @@ def boundary_refusal(case: Case) -> str | None:
 
 def cache_geometry(case: Case) -> Geometry | None:
     """Where the pages of a probe of K or V lie; None where `case` is no such."""
-    if case.boundary is None or case.boundary_target == "out":
+    if case.boundary is None or case.boundary_target in ("out", "table"):
         return None
     reaching = ("k", "v") if case.boundary_target == "kv" else (case.boundary_target,)
     stride, (first, last) = _stride(case), _at(case)
@@ -93,37 +94,65 @@ def cache_geometry(case: Case) -> Geometry | None:
     return Geometry(suspects, max(suspects) + 1 + _SPARE, strides, dict.fromkeys(reaching, carry))
 
 
-def output_geometry(case: Case) -> tuple[int, int] | None:
-    """Token stride of the output, in elements, and the low 32 bits of its address; None where its addresses reach none.
+@dataclass(frozen=True)
+class RowGeometry:
+    """Rows of the output or of the page table: the last one lies at the boundary, or at more than twice it."""
 
-    The last token lies at the boundary, or at more than twice it.
-    """
+    stride: int  # elements from row to row
+    low_bits: int  # the low 32 bits that the address of the first must have
+
+
+def output_geometry(case: Case) -> RowGeometry | None:
+    """Where the tokens of the output lie; None where its addresses reach no boundary."""
     if case.boundary is None or case.boundary_target != "out":
         return None
-    size, row, last = element_type(case.dtype).size, case.num_q_heads * case.value_size, case.rows.num_tokens - 1
-    step = 16 // size
+    return _rows(case, case.rows.num_tokens - 1, case.num_q_heads * case.value_size, element_type(case.dtype).size)
+
+
+def table_geometry(case: Case) -> RowGeometry | None:
+    """Where the rows of the page table lie; None where its addresses reach no boundary."""
+    if case.boundary is None or case.boundary_target != "table":
+        return None
+    return _rows(case, case.rows.num_seqs - 1, _pages_of(case, -1), _INDEX_SIZE)
+
+
+def _rows(case: Case, last: int, row: int, size: int) -> RowGeometry:
+    """Row number `last`, `row` elements of `size` bytes long, at the boundary."""
+    step = 16 // size if row * size >= 64 else 1
     if case.boundary == "carry":
         limit = last * row + row // 2 // step * step
-        return row, ((1 << 32) - limit * size) % (1 << 32)
-    limit = (1 << int(case.boundary[-2:])) // (size if case.boundary.startswith("bytes") else 1)
+        return RowGeometry(row, ((1 << 32) - limit * size) % (1 << 32))
+    limit = (1 << int((case.boundary or "")[-2:])) // (size if (case.boundary or "").startswith("bytes") else 1)
     start = {
         "below": limit - row,
         "straddling": limit - row // 2,
-        "above": limit + 2 * row,  # an unsigned wrap leads behind the first token
+        "above": limit + 2 * row,  # an unsigned wrap leads behind the first row
         "far": limit * 9 // 4,
     }[case.boundary_position]
-    return start // last // step * step, 0
+    return RowGeometry(start // last // step * step, 0)
 
 
-def _output_refusal(case: Case) -> str | None:
-    name = f"boundary {case.boundary} of out"
+def _rows_refusal(case: Case) -> str | None:
+    """The same as boundary_refusal, for the output and the page table."""
+    name = f"boundary {case.boundary} of {case.boundary_target}"
+    count = case.rows.num_tokens if case.boundary_target == "out" else case.rows.num_seqs
     if (case.boundary or "").startswith("page"):
-        return f"{name}: an output has no pages"
-    if case.rows.num_tokens < 2 or case.strides != "compact":
-        return f"{name}: it needs two tokens, and says itself how far apart they lie"
-    if case.boundary == "carry" and case.boundary_position != "straddling":
-        return f"{name}: the carry lies in the last token: the position is straddling"
+        return f"{name}: only K and V have page ids"
+    if count < 2 or case.strides != "compact":
+        return f"{name}: it needs two rows, and says itself how far apart they lie"
+    if case.boundary == "carry" and (case.boundary_target == "table" or case.boundary_position != "straddling"):
+        return f"{name}: a carry lies in the last token of the output: the position is straddling"
+    if at := table_geometry(case):
+        row, limit = _pages_of(case, -1), 1 << int((case.boundary or "")[-2:])
+        limit //= _INDEX_SIZE if (case.boundary or "").startswith("bytes") else 1
+        first = at.stride * (count - 1)
+        if case.boundary_position == "straddling" and not first < limit < first + row:
+            return f"{name}: no row of {row} page ids straddles it"
     return None
+
+
+def _pages_of(case: Case, seq: int) -> int:
+    return -(-max(case.rows.seq_lens[seq], 0) // case.page_size)
 
 
 def _page(case: Case) -> int:

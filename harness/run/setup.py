@@ -131,7 +131,7 @@ def _outputs(problem: Problem, contract: Contract) -> tuple[GuardedOutput, ...]:
     out: GuardedOutput = (
         guarded_output("out", shape, dtype, device, strided)
         if reach is None
-        else reaching_output("out", shape, dtype, device, *reach)
+        else reaching_output("out", shape, dtype, device, reach.stride, reach.low_bits)
     )
     if not contract.returns_lse:
         return (out,)
