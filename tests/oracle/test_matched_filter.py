@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from harness.kernel.numerics import NumericsProfile, PerKey
-from harness.oracle import matched_filter
+from harness.oracle import matched_filter, row_noise
 from harness.oracle.gains import K_DESCALE, V_DESCALE
 from harness.oracle.matched_filter import FALSE_ALARM, Z_LIMIT, PageFilter, find_gains, least_gains, least_of_pages
-from harness.oracle.row_noise import weighted_squares
+from harness.oracle.row_noise import by_gram, weighted_squares
 from references.attention import AttentionInputs
 from tests.oracle.cases import FEATURES, judged, make_case, ratios
 from tests.oracle.emulated_kernel import Schedule, run_emulated
@@ -141,8 +141,9 @@ def test_parts_and_batches_give_the_same_statistics(monkeypatch: pytest.MonkeyPa
     out, _ = run_emulated(page_gain(inputs, "k", 0.1, slice(16, 32), 0), NumericsProfile(), "bf16")
     filters = filter_of(inputs, NumericsProfile(), "bf16")
     together = find_gains(inputs, out, filters)
-    monkeypatch.setattr(matched_filter, "_ELEMENTS", 1 << 12)
-    monkeypatch.setattr(matched_filter, "_SMALL", {})
+    device = inputs.q.device.type
+    monkeypatch.setitem(matched_filter._ELEMENTS, device, 1 << 12)
+    monkeypatch.setitem(matched_filter._PADDING, device, 0)
     apart = find_gains(inputs, out, filters)
     assert apart.num_statistics == together.num_statistics
     assert apart.num_gains == together.num_gains
@@ -152,14 +153,19 @@ def test_parts_and_batches_give_the_same_statistics(monkeypatch: pytest.MonkeyPa
     )  # type: ignore[type-var]
 
 
-def test_weighted_squares_by_gram_matrices() -> None:
+def test_weighted_squares_by_gram_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     g = torch.Generator().manual_seed(0)
     x, v = torch.randn(2, 3, 50, 8, generator=g), torch.randn(2, 90, 8, generator=g)
     weights = torch.rand(2, 3, 4, 90, generator=g)
     y = torch.einsum("brtd,bnd->brtn", x, v)
     want = torch.einsum("brtn,brwn->brtw", y * y, weights)
-    torch.testing.assert_close(weighted_squares(x, weights, v), want)  # 50 > 4 * 8: Gram matrices
-    torch.testing.assert_close(weighted_squares(x[:, :, :9], weights, v), want[:, :, :9])
+    assert by_gram(50, 4, 8)
+    assert not by_gram(8, 4, 8)
+    for num_rows in (3, 1):
+        monkeypatch.setattr(row_noise, "GRAM_ELEMENTS", num_rows * v.numel())
+        found = weighted_squares(x[None], weights[None], v[None])[0]
+        torch.testing.assert_close(found, want)
+    torch.testing.assert_close(weighted_squares(x[None, :, :, :8], weights[None], v[None])[0], want[:, :, :8])
 
 
 def test_only_keys_in_pages_belong_to_pages() -> None:
