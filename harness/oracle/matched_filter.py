@@ -34,6 +34,7 @@ Z_LIMIT = 7.0
 FALSE_ALARM = math.erfc(Z_LIMIT / math.sqrt(2))  # probability per statistic, 2.6e-12
 MAX_ROWS = 64  # sampled per sequence
 MAX_HEAD_ROWS = 256  # sampled rows times gqa_ratio
+MAX_WORK, FEWEST_ROWS = 1 << 29, 8  # query heads x keys x dims of the rows of a sequence, unless so few need more
 MAX_GAINS = 16  # listed
 MIN_ENERGY = 1e-24  # of the signature of a row; less is a page that the row does not attend to
 _PADDING = {"cpu": 1 << 18, "cuda": 1 << 24}  # elements up to which a batch may be padding; beyond, half of it
@@ -86,9 +87,9 @@ def least_of_pages(inputs: AttentionInputs, filters: PageFilter) -> dict[int, to
     return {s: least[i, ..., : len(filters.pages[s])] for i, s in enumerate(sequences)}
 
 
-def sampled(query_len: int, group: int) -> tuple[int, ...]:
-    """Rows to look at: the first, the last and evenly spread ones between."""
-    count = min(query_len, MAX_ROWS, max(MAX_HEAD_ROWS // group, 4))
+def sampled(query_len: int, group: int, most: int = MAX_ROWS) -> tuple[int, ...]:
+    """Rows to look at: the first, the last and evenly spread ones between, at most `most`."""
+    count = min(query_len, most, MAX_ROWS, max(MAX_HEAD_ROWS // group, 4))
     return tuple(sorted({round(i * (query_len - 1) / max(count - 1, 1)) for i in range(count)}))
 
 
@@ -118,7 +119,8 @@ def batches(inputs: AttentionInputs, filters: PageFilter) -> Iterator[list[Part]
     limit, padding = _ELEMENTS[device], _PADDING[device]
     parts = []
     for sequence, seq_len in enumerate(inputs.seq_lens):
-        rows = sampled(inputs.query_lens[sequence], group)
+        affordable = max(MAX_WORK // (heads * size * max(seq_len, 1)), FEWEST_ROWS)
+        rows = sampled(inputs.query_lens[sequence], group, affordable)
         if seq_len > 0 and rows:
             step = max(limit // elements(1, seq_len), 1)
             parts += [

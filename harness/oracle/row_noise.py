@@ -133,8 +133,8 @@ def weighted_squares(x: torch.Tensor, weights: torch.Tensor, v: torch.Tensor) ->
     result = x.new_empty(*x.shape[:4], width)
     for start in range(0, x.shape[2], at_once):
         rows = slice(start, start + at_once)
-        for i, w in enumerate(weights[:, :, rows].unbind(3)):  # [B, H, rows, n]
-            weighted = torch.mul(w[:, :, :, None], keys_last, out=v.new_empty(*w.shape[:3], size, w.shape[3]))
+        for i, w in enumerate(weights[:, :, rows].to(v.dtype).unbind(3)):  # [B, H, rows, n]
+            weighted = w[:, :, :, None] * keys_last
             gram = product(weighted.flatten(2, 3).flatten(0, 1), v.flatten(0, 1))  # [B * H, rows * d, d]
             part = x[:, :, rows]
             result[:, :, rows, :, i] = ((part @ gram.view(*w.shape[:3], size, size)) * part).sum(-1)
@@ -239,14 +239,18 @@ def _half_ulp(values: torch.Tensor, kind: ElementType) -> torch.Tensor:
 
 
 def _generic(rows: Rows, coarse: float, out_roundoff: float) -> torch.Tensor:
-    """Rows [L] whose roundings are no repetition of one another: no key has all the mass, nor all keys the same."""
+    """Rows [L] whose roundings are no repetition of one another: no key has all the mass, nor all keys the same.
+
+    What a sink takes is no key's: beside it, one key alone still gives p v, whose dims round alike where V is coarse.
+    """
     seen = rows.visible
     count = seen.sum(-1).clamp(min=1)
     scores = rows.scores.masked_fill(~seen, 0.0)
     mean = scores.sum(-1) / count
     deviation = (scores - mean[..., None]).masked_fill_(~seen, 0.0).square_().sum(-1).div_(count).sqrt_()
     real = rows.real.repeat_interleave(rows.group, dim=1)[:, None]
-    return (rows.p.amax(-1) < 1 - SNAP * max(out_roundoff, COARSEST)) & (deviation >= SPREAD * coarse) & real
+    alone = rows.p.amax(-1) >= (1 - SNAP * max(out_roundoff, COARSEST)) * rows.p.sum(-1)
+    return ~alone & (deviation >= SPREAD * coarse) & real
 
 
 def rows_alike(out: torch.Tensor, profile: NumericsProfile, q_dtype: str) -> torch.Tensor:
