@@ -33,9 +33,7 @@ def aliased_pool_cpu(extent: Extent, own: Sequence[Interval], fill: int) -> Pool
     """A pool over `extent` of bytes `fill`; it costs BLOCK bytes and the pages of `own`. Raises MemoryError."""
     libc = _libc()
     lead = -(-extent.lead // _PAGE) * _PAGE + _PAGE
-    span = (
-        -(-(lead + extent.size + 2 * _PAGE) // BLOCK) * BLOCK + BLOCK
-    )  # the last: an alias, always
+    span = -(-(lead + extent.size + 2 * _PAGE) // BLOCK) * BLOCK + BLOCK  # the last: an alias, always
     reserved = span + _2_32 + _PAGE
     private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     start = _map(libc, None, reserved, _PROT_NONE, private | _MAP_NORESERVE, -1)

@@ -149,9 +149,7 @@ def aliased_pool_gpu(extent: Extent, own: Sequence[Interval], fill: int, device:
     assert driver is not None
     block = granule * BLOCK_GRANULES
     lead = -(-extent.lead // granule) * granule + granule
-    span = (
-        -(-(lead + extent.size + 2 * granule) // block) * block + block
-    )  # the last: an alias, always
+    span = -(-(lead + extent.size + 2 * granule) // block) * block + block  # the last: an alias, always
     memory = _Range(driver, device)
     start = memory.reserve(span + _2_32 + granule, granule)
     base = start + lead + (extent.low_bits - start - lead) % _2_32
