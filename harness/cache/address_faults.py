@@ -6,7 +6,7 @@ change the page id before it is multiplied, the others the offset from the start
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,8 +79,11 @@ FAULTS: tuple[AddressFault, ...] = (
 )  # fmt: skip
 
 
-def tell_move(what: str, done: str, right: int, wrong: int, fault: AddressFault) -> str:
-    """One line: the element `right` of `what`, counted from the start of the pool, was `done` at element `wrong`."""
+def tell_move(what: str, done: str, right: int, wrong: int, faults: Sequence[AddressFault]) -> str:
+    """One line: element `right` of `what`, counted from the start of the pool, was `done` at element `wrong`, as any of
+    `faults` would have it.
+    """
     by = wrong - right
     how = f"2^32 x {by >> 32:+d}" if by % _2_32 == 0 else f"{by:+,}"
-    return f"{what} at element {right:,} was {done} at element {wrong:,} ({how}): {fault.words}"
+    why = " or ".join(fault.words for fault in faults)
+    return f"{what} at element {right:,} was {done} at element {wrong:,} ({how}): {why}"

@@ -5,6 +5,7 @@ Invariant: as for guarded outputs; what was written elsewhere is told by the fau
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
@@ -44,17 +45,17 @@ class ReachingOutput(GuardedOutput):
         missing = self.unwritten().flatten(1)  # [tokens, heads * dim]
         right = _elements(self.tensor)  # [tokens, heads * dim]
         token = torch.arange(len(right), device=right.device)[:, None]
-        start, told = int(self.tensor.storage_offset()), ""
+        if not bool(missing.any()):
+            return None
+        start, found = int(self.tensor.storage_offset()), defaultdict(list)
+        t, element = missing.nonzero()[0].tolist()
         for fault in FAULTS:
             moved = fault.moved(token, right - token * self.at.stride, self.at)
-            if not bool(missing.any()) or not torch.equal(moved != right, missing):
-                continue
-            if bool((self.allocation[start + moved[missing]] != -1).all()):
-                t, element = missing.nonzero()[0].tolist()
-                where, to = int(right[t, element]), int(moved[t, element])
-                line = tell_move(f"token {t} of {self.name}", "written", where, to, fault)
-                told = f"{told} or {fault.words}" if told else line
-        return told or None
+            if torch.equal(moved != right, missing) and bool((self.allocation[start + moved[missing]] != -1).all()):
+                found[int(moved[t, element])].append(fault)
+        where = int(right[t, element])
+        lines = [tell_move(f"token {t} of {self.name}", "written", where, to, found[to]) for to in found]
+        return "; ".join(lines) or None
 
     def _stray(self, first: int, end: int) -> torch.Tensor:
         """Elements in [first, end), counted from the start of the output, that were written and are none of it."""

@@ -87,9 +87,11 @@ def tell_addresses(setup: Setup, contract: Contract, out: torch.Tensor) -> list[
     alone = [(misread,) for misread in misreads]
     both = [(k, v) for k in misreads for v in misreads if (k.target, v.target) == ("K", "V") and k.fault == v.fault]
     for tried in (alone, both):
-        explained = [group for group in tried if _explains(setup, contract, out, group)]
-        if explained:
-            return [tell_move(m.item, "read", m.right, m.read, m.fault) for group in explained for m in group]
+        places: dict[tuple[str, int, int], list[AddressFault]] = {}
+        for m in (m for group in tried if _explains(setup, contract, out, group) for m in group):
+            places.setdefault((m.item, m.right, m.read), []).append(m.fault)
+        if places:
+            return [tell_move(item, "read", right, read, faults) for (item, right, read), faults in places.items()]
     return []
 
 
@@ -112,6 +114,8 @@ def _outcome(setup: Setup, contract: Contract, misreads: Sequence[Misread]) -> A
 def _misreads(setup: Setup) -> Iterator[Misread]:
     """Every fault that would read an element of a live token, or an entry of the page table, elsewhere."""
     problem, cache = setup.problem, setup.cache
+    if problem.case.boundary is None:
+        return
     live = live_tokens(problem, cache.pages, cache.cached_lens)
     if at := cache_geometry(problem.case):
         for which in at.page_strides:

@@ -87,7 +87,7 @@ READS = {
         PAGE,
         "(page & 0xFFFF).to(tl.int64) * stride_page",
         probe("unified_paged", "page16", **TINY),
-        ("K of page 65,537", "the page id is cut to 16 bits", "V of page 65,537", "the page id is cut to 16 bits"),
+        ("K of page 65,537", "with sign or the page id is cut to 16 bits", "V of page 65,537", "cut to 16 bits"),
     ),
     "16-bit page id with sign": Fault(
         PAGE,
