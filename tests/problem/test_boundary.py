@@ -93,7 +93,7 @@ def test_the_last_row_of_the_output_and_of_the_table_lies_where_it_should(bounda
         ({"boundary": "bytes31", "placement": Placement("reversed", "reversed")}, "leave strides and placement"),
         ({"boundary": "bytes31", "head_size_v": 32}, "K and V must have pages of the same size"),
         (
-            {"boundary": "bytes31", "head_size": 1 << 20, "boundary_target": "kv", "boundary_position": "above"},
+            {"boundary": "bytes31", "head_size": 1 << 24, "boundary_target": "kv", "boundary_position": "above"},
             "too large",
         ),
         ({"boundary": "carry", "boundary_target": "table"}, "a carry lies in the last token of the output"),
