@@ -23,18 +23,17 @@ from harness.matrix.cover import Constraint, CoverError, Model, check, cover
 from harness.matrix.expression import ExpressionError
 from harness.matrix.matrix import Matrix, Rule, Supported, Tier, Values
 from harness.matrix.rows import ROWS_AXES, RowMix
-from harness.matrix.source import MatrixError, Mistake, Span
+from harness.matrix.source import MatrixError, Mistake
 from harness.problem.admission import descales_refusal, law_refusal, placement_refusal
 
 _NO_ROWS = (1,), (16,)  # stands in where a batch is not known yet or does not matter
 _HEADS = frozenset({"num_q_heads", "gqa_ratio"})
-_LAW_AXES = frozenset({"data", "logits_soft_cap", "alibi", "causal"})
-_DESCALE_AXES = frozenset({"descales", "kv_dtype"})
-_PLACEMENT_AXES = ROWS_AXES | {"placement"}
-Spans = Mapping[tuple[str, Any], Span]
+LAW_AXES = frozenset({"data", "logits_soft_cap", "alibi", "causal"})
+DESCALE_AXES = frozenset({"descales", "kv_dtype"})
+PLACEMENT_AXES = ROWS_AXES | {"placement"}
 Predicate = Callable[[Mapping[str, Any]], bool]
 _COUPLED = (frozenset({"head_size", "head_size_v"}), ROWS_AXES)  # axes that one clause of a contract looks at together
-_TUPLES = {0: "values", 1: "values", 2: "pairs", 3: "triples"}
+TUPLES = {0: "values", 1: "values", 2: "pairs", 3: "triples"}
 _CANDIDATES = {0: 1, 1: 1, 2: 12, 3: 4}  # tries per row of a cover: small tiers are worth squeezing
 
 
@@ -51,7 +50,7 @@ class Coverage:
     def describe(self) -> str:
         """For summaries: "pairs 100 %"; never rounded up."""
         share = 100 if self.covered == self.feasible else min(int(100 * self.covered / self.feasible), 99)
-        return f"{_TUPLES[self.t]} {share} %"
+        return f"{TUPLES[self.t]} {share} %"
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,13 @@ class Expansion:
             return self.coverage.describe()
         tier = self.matrix.tiers.get(self.tier)
         return "all" if tier is not None and tier.full else "listed"
+
+
+def spell(value: object) -> str:
+    """A value of an axis as a matrix writes it; rows and placements by name."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return str(getattr(value, "name", value))
 
 
 def assemble(name: str, assignment: Mapping[str, Any]) -> Case | None:
@@ -137,11 +143,11 @@ def constraints(name: str, rules: Iterable[Rule]) -> list[Constraint]:
         return assemble(name, values) is not None
 
     implied = [
-        Constraint(_HEADS, divides),
-        Constraint(ROWS_AXES, rows_resolve),
-        Constraint(_LAW_AXES, _admits(name, law_refusal)),
-        Constraint(_DESCALE_AXES, _admits(name, descales_refusal)),
-        Constraint(_PLACEMENT_AXES, _admits(name, placement_refusal)),
+        Constraint(_HEADS, divides, "gqa_ratio divides num_q_heads"),
+        Constraint(ROWS_AXES, rows_resolve, "rows have valid lengths"),
+        Constraint(LAW_AXES, _admits(name, law_refusal), "the data law is possible"),
+        Constraint(DESCALE_AXES, _admits(name, descales_refusal), "the descales are possible"),
+        Constraint(PLACEMENT_AXES, _admits(name, placement_refusal), "the placement is possible"),
     ]
     return implied + [_rule_constraint(name, rule) for rule in rules]
 
@@ -162,80 +168,7 @@ def _rule_constraint(name: str, rule: Rule) -> Constraint:
         except ExpressionError as error:
             raise Mistake(rule.span, error.what) from None
 
-    return Constraint(rule.where.axes, holds)
-
-
-def check_tier(matrix: Matrix, tier: Tier) -> Iterator[Mistake]:
-    """What is wrong with the combinations of `tier`, contracts aside."""
-    if tier.cover is not None or tier.full:
-        where = f"tier '{tier.name}'"
-        yield from _check_values(matrix, tier_values(matrix, tier), where, tier.span, matrix.spans)
-    for entry in tier.entries:
-        where = f"the entry on line {entry.span.line}"
-        yield from _check_values(matrix, entry_values(matrix, tier, entry.values), where, entry.span, {})
-
-
-def _check_values(matrix: Matrix, values: Values, where: str, span: Span, spans: Spans) -> Iterator[Mistake]:
-    """The narrowest reasons: single values that are never possible; else one constraint; else all of them."""
-    if values["rows"] == (None,):
-        yield Mistake(span, f"{where} has no rows: give the axis 'rows' a row mix")
-        return
-    never = [
-        *_indivisible(values, where, span, spans),
-        *_meaningless_rows(matrix, values, where, span, spans),
-        *_refused(matrix, values, where, span, spans),
-    ]
-    yield from never
-    if never:
-        return
-    for rule in matrix.rules:
-        if Model(values, constraints(matrix.name, [rule])).possible() is None:
-            place = rule.span if spans else span  # an entry breaks a constraint; a whole tier is broken by one
-            yield Mistake(place, f"the constraint excludes every case of {where}: {rule.where.text}")
-            return
-    if Model(values, constraints(matrix.name, matrix.rules)).possible() is None:
-        yield Mistake(span, f"{where} selects no case: the constraints together exclude every combination")
-
-
-def _indivisible(values: Values, where: str, span: Span, spans: Spans) -> Iterator[Mistake]:
-    heads = values["num_q_heads"]
-    for ratio in values["gqa_ratio"]:
-        if all(head % ratio for head in heads):
-            what = f"gqa_ratio {ratio} does not divide num_q_heads {_list(heads)} of {where}"
-            yield Mistake(spans.get(("gqa_ratio", ratio), span), what)
-
-
-def _meaningless_rows(matrix: Matrix, values: Values, where: str, span: Span, spans: Spans) -> Iterator[Mistake]:
-    for mix in values["rows"]:
-        if not any(assemble(matrix.name, chosen) for chosen in _products(values, ROWS_AXES, rows=mix)):
-            pages, windows = _list(values["page_size"]), _list(values["sliding_window"])
-            what = f"row mix '{mix.name}' has no valid lengths with page_size {pages} and sliding_window {windows}"
-            yield Mistake(spans.get(("rows", mix), span), f"{what} of {where}")
-
-
-def _refused(matrix: Matrix, values: Values, where: str, span: Span, spans: Spans) -> Iterator[Mistake]:
-    for axis, axes, refusal in (
-        ("data", _LAW_AXES, law_refusal),
-        ("descales", _DESCALE_AXES, descales_refusal),
-        ("placement", _PLACEMENT_AXES, placement_refusal),
-    ):
-        for value in values[axis]:
-            tried = (assemble(matrix.name, chosen) for chosen in _products(values, axes, **{axis: value}))
-            refusals = [refusal(case) for case in tried if case is not None]
-            if refusals and all(refusals):
-                what = f"{refusals[0]} (in every combination of {where})"
-                yield Mistake(spans.get((axis, value), span), what)
-
-
-def _list(values: Iterable[object]) -> str:
-    return ", ".join("none" if value is None else str(value) for value in values)
-
-
-def _products(values: Values, axes: frozenset[str], **given: object) -> Iterator[dict[str, Any]]:
-    """All combinations of `values` over `axes`, those of `given` held."""
-    names = sorted(axes)
-    for row in product(*((given[name],) if name in given else values[name] for name in names)):
-        yield dict(zip(names, row, strict=True))
+    return Constraint(rule.where.axes, holds, f"{rule.where.text} (line {rule.span.line})")
 
 
 def _cases(matrix: Matrix, values: Values) -> Iterator[Case]:
