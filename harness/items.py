@@ -16,7 +16,7 @@ import pytest
 from harness.errors import AttnregError
 from harness.matrix import SHARED_ROWS
 from harness.matrix.axes import case_id
-from harness.session import SELECTED, SESSION, Session
+from harness.session import SESSION, Session
 
 if TYPE_CHECKING:
     from harness.case import Case
@@ -69,7 +69,6 @@ class MatrixFile(pytest.File):
                 )
             else:
                 session.num_deselected += 1
-                session.coverage[matrix.name] = SELECTED
 
 
 class MatrixItem(pytest.Item):

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from harness.run.run_case import Options
     from harness.store.record import Record
 
-SELECTED = "selected"  # in place of coverage, where options left cases of a matrix out
 PROJECT = Path(__file__).resolve().parents[1]
 
 
@@ -41,8 +40,10 @@ class Session:
     config: pytest.Config
     kernels: Mapping[str, Contract]
     where: Where | None
-    coverage: dict[str, str] = field(default_factory=dict)  # by matrix name, in words
-    num_deselected: int = 0
+    coverage: dict[str, tuple[str, int]] = field(default_factory=dict)  # by matrix name: in words, and number of cases
+    num_deselected: int = 0  # by --where or --plant
+    narrowed: bool = False  # by pytest's own selection
+    expanded: dict[Path, tuple[Matrix, Expansion]] = field(default_factory=dict)
 
     @classmethod
     def from_config(cls, config: pytest.Config) -> Session:
@@ -74,11 +75,13 @@ class Session:
 
     def expand(self, path: Path) -> tuple[Matrix, Expansion]:
         """The matrix at `path` and its cases of this session's tier. Raises MatrixError."""
-        matrix = load(path, kernel_names=self.kernels)
-        expansion = matrix.expand(self.tier, supported=self.unsupported)
-        self._check_expectations(matrix, expansion)
-        self.coverage[matrix.name] = expansion.describe()
-        return matrix, expansion
+        if path not in self.expanded:
+            matrix = load(path, kernel_names=self.kernels)
+            expansion = matrix.expand(self.tier, supported=self.unsupported)
+            self._check_expectations(matrix, expansion)
+            self.coverage[matrix.name] = expansion.describe(), len(expansion.cases)
+            self.expanded[path] = matrix, expansion
+        return self.expanded[path]
 
     def _check_expectations(self, matrix: Matrix, expansion: Expansion) -> None:
         """MatrixError for an expectation that hides nothing any more: of no case in any tier, or expired unnoticed."""

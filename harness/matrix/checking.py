@@ -29,7 +29,7 @@ from harness.matrix.rows import ROWS_AXES
 from harness.matrix.source import Mistake, Span
 from harness.problem.admission import descales_refusal, law_refusal, placement_refusal
 
-MAX_COMBINATIONS = 1_000_000  # of a product, or tuples of a cover
+MAX_COMBINATIONS = 250_000  # of a product, or tuples of a cover
 Spans = Mapping[tuple[str, Any], Span]
 
 

@@ -12,9 +12,9 @@ what a cover leaves out is proved impossible, by constraint or by contract.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import product
+from itertools import combinations, product
 from typing import Any
 
 from harness.case import Case, Rows
@@ -34,6 +34,7 @@ PLACEMENT_AXES = ROWS_AXES | {"placement"}
 Predicate = Callable[[Mapping[str, Any]], bool]
 _COUPLED = (frozenset({"head_size", "head_size_v"}), ROWS_AXES)  # axes that one clause of a contract looks at together
 TUPLES = {0: "values", 1: "values", 2: "pairs", 3: "triples"}
+_MAX_NAMED = 3  # values without a case, named in a summary
 _CANDIDATES = {0: 1, 1: 1, 2: 12, 3: 4}  # tries per row of a cover: small tiers are worth squeezing
 
 
@@ -46,29 +47,49 @@ class Coverage:
     covered: int
     excluded_by_constraint: int
     excluded_by_contract: int
+    unsupported: tuple[str, ...] = ()  # values that no case has, as no kernel takes them, e.g. "page_size 24"
 
-    def describe(self) -> str:
-        """For summaries: "pairs 100 %"; never rounded up."""
-        share = 100 if self.covered == self.feasible else min(int(100 * self.covered / self.feasible), 99)
-        return f"{TUPLES[self.t]} {share} %"
+    def describe(self, covered: int | None = None) -> str:
+        """For summaries: "pairs 100 %"; never rounded up. covered: tuples of the cases that ran, where not all did."""
+        amount = self.covered if covered is None else covered
+        share = 100 if amount == self.feasible else min(int(100 * amount / self.feasible), 99)
+        more = len(self.unsupported) - _MAX_NAMED
+        named = ", ".join(self.unsupported[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
+        return f"{TUPLES[self.t]} {share} %" + (f", unsupported: {named}" if named else "")
 
 
 @dataclass(frozen=True)
 class Expansion:
-    """The cases of one tier. `lines[i]` is where cases[i] was asked for; coverage is None for lists and products."""
+    """The cases of one tier. `lines[i]` is where cases[i] was asked for; coverage is None for lists and products.
+
+    Of a cover, the first `num_covering` cases form it; what `also` asks for follows.
+    """
 
     matrix: Matrix
     tier: str
     cases: tuple[Case, ...] = ()
     lines: tuple[int, ...] = ()
     coverage: Coverage | None = None
+    num_covering: int = 0
 
     def describe(self) -> str:
-        """For summaries: what the selection promises."""
+        """For summaries: what the selection promises, if all of it runs."""
         if self.coverage is not None:
             return self.coverage.describe()
         tier = self.matrix.tiers.get(self.tier)
         return "all" if tier is not None and tier.full else "listed"
+
+    def describe_part(self, ran: Collection[str]) -> str:
+        """For summaries: what the cases with ids `ran` cover by themselves; nothing where no cover was promised."""
+        if self.coverage is None:
+            return ""
+        values = tier_values(self.matrix, self.matrix.tiers[self.tier])
+        free = [axis for axis, several in values.items() if len(several) > 1]
+        met: set[tuple[tuple[str, str], ...]] = set()
+        for case in self.cases[: self.num_covering]:
+            if case_id(case) in ran:
+                met.update(combinations([(axis, spell(getattr(case, axis))) for axis in free], self.coverage.t))
+        return self.coverage.describe(len(met))
 
 
 def spell(value: object) -> str:
@@ -110,6 +131,7 @@ def _expand_tier(matrix: Matrix, tier: Tier, supported: Supported) -> Expansion:
     elif tier.full:
         for case in _cases(matrix, tier_values(matrix, tier)):
             found.setdefault(case, tier.span.line)
+    num_covering = len(found) if coverage is not None else 0
     for entry in tier.entries:
         for case in _cases(matrix, entry_values(matrix, tier, entry.values)):
             found.setdefault(case, entry.span.line)
@@ -118,7 +140,7 @@ def _expand_tier(matrix: Matrix, tier: Tier, supported: Supported) -> Expansion:
         raise Mistake(tier.span, what)
     if len({case_id(case) for case in found}) != len(found):
         raise AssertionError(f"{matrix.path}: two cases of tier '{tier.name}' share an id")
-    return Expansion(matrix, tier.name, tuple(found), tuple(found.values()), coverage)
+    return Expansion(matrix, tier.name, tuple(found), tuple(found.values()), coverage, num_covering)
 
 
 def tier_values(matrix: Matrix, tier: Tier) -> Values:
@@ -200,7 +222,13 @@ def _expand_cover(matrix: Matrix, tier: Tier, supported: Supported, found: dict[
         assert case is not None  # an implied constraint
         found.setdefault(case, tier.span.line)
     by_contract = len(report.impossible) - by_constraint
-    return Coverage(report.t, report.feasible, report.covered, by_constraint, by_contract)
+    without_case = tuple(
+        f"{model.names[axis]} {spell(value)}"
+        for axis in model.free
+        for number, value in enumerate(model.values[axis])
+        if all(row[axis] != number for row in rows)
+    )
+    return Coverage(report.t, report.feasible, report.covered, by_constraint, by_contract, without_case)
 
 
 def contract_constraints(name: str, values: Values, supported: Supported) -> list[Constraint]:

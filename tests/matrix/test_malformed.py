@@ -245,7 +245,8 @@ MISTAKES = [
         "  - page_size != 32 or kernel != 'alpha'",
         "  - page_size != 32 or gqa_ratio > 8",
         [
-            "7:19: no case of tier 'smoke' has page_size 32: excluded by the constraint page_size != 32 or gqa_ratio > 8 (line 15)"
+            "7:19: no case of tier 'smoke' has page_size 32: excluded by the constraint "
+            "page_size != 32 or gqa_ratio > 8 (line 15)"
         ],
         id="emptied_value",
     ),
@@ -284,7 +285,7 @@ MISTAKES = [
         + ", ".join(map(str, range(1, 31)))
         + "]",
         [
-            "21:3: tier 'nightly' has 2,880,000 combinations before constraints, more than the 1,000,000 that are gone "
+            "21:3: tier 'nightly' has 2,880,000 combinations before constraints, more than the 250,000 that are gone "
             "through: cover: 2 or 3 takes few of them",
         ],
         id="too_many_combinations",

@@ -26,7 +26,7 @@ axes:
   data_seed: [0, 1]
   {axes}
 tiers:
-  smoke: full
+  smoke: {tier}
 {expect}
 """
 
@@ -38,10 +38,16 @@ class Toys:
         self.pytester = pytester
 
     def run(
-        self, kernels: str, *options: str, axes: str = "", expect: str = "", isolated: bool = False
+        self,
+        kernels: str,
+        *options: str,
+        axes: str = "",
+        expect: str = "",
+        tier: str = "full",
+        isolated: bool = False,
     ) -> pytest.RunResult:
         path = self.pytester.path / "toys.yaml"
-        path.write_text(MATRIX.format(kernels=kernels, axes=axes, expect=expect))
+        path.write_text(MATRIX.format(kernels=kernels, axes=axes, expect=expect, tier=tier))
         arguments = [
             "-p",
             "harness.plugin",
@@ -131,6 +137,41 @@ def test_unsupported_is_neither_a_pass_nor_a_skip(toys: Toys) -> None:
     result.stdout.no_fnmatch_line("*skipped*")
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((), "toys*4 cases*pairs 100 %*"),
+        (("-k", "s1"), "toys*2 of 4 cases*pairs 50 %*"),
+        (("--where", "data_seed == 1"), "toys*2 of 4 cases*pairs 50 %*"),
+        (("-n", "1", "-k", "s1"), "toys*2 of 4 cases*pairs 50 %*"),
+    ],
+)
+def test_a_run_of_some_cases_claims_no_more_than_they_cover(toys: Toys, options: tuple[str, ...], words: str) -> None:
+    result = toys.run("toy_honest", *options, axes="page_size: [16, 32]", tier="{cover: 2}", isolated="-n" in options)
+    assert result.ret == 0
+    result.stdout.fnmatch_lines([words])
+
+
+def test_a_run_that_stops_at_the_first_failure_claims_no_more_than_it_ran(toys: Toys) -> None:
+    result = toys.run("toy_zeros", "-x", axes="page_size: [16, 32]", tier="{cover: 2}")
+    assert result.ret == 1
+    result.stdout.fnmatch_lines(["toys*1 of 4 cases*pairs 25 %*"])
+
+
+def test_one_case_by_its_id_claims_no_more_than_it_covers(toys: Toys) -> None:
+    toys.run("toy_honest", axes="page_size: [16, 32]", tier="{cover: 2}")
+    one = f"toys.yaml::{toys.records[0].id}"
+    reports = f"--reports={toys.pytester.path / 'reports'}"
+    result = toys.pytester.runpytest_inprocess("-p", "harness.plugin", one, f"--kernels={KERNELS}", reports)
+    result.stdout.fnmatch_lines(["toys*1 of 4 cases*pairs 25 %*"])
+
+
+def test_a_value_that_no_kernel_takes_is_said_beside_the_coverage(toys: Toys) -> None:
+    result = toys.run("toy_honest", axes="causal: [true, false]", tier="{cover: 2}")
+    assert result.ret == 0
+    result.stdout.fnmatch_lines(["toys*2 cases*pairs 100 %, unsupported: causal false*"])
+
+
 EXPECT = """
 expect:
   - where: kernel == '{kernel}'
@@ -216,7 +257,7 @@ def test_a_run_that_cannot_read_its_matrix_does_not_leave_an_older_run_as_the_la
 def test_a_matrix_whose_first_key_is_misspelt_does_not_vanish(toys: Toys) -> None:
     folder = toys.pytester.path / "sweeps"
     folder.mkdir()
-    text = MATRIX.format(kernels="toy_honest", axes="", expect="")
+    text = MATRIX.format(kernels="toy_honest", axes="", expect="", tier="full")
     (folder / "good.yaml").write_text(text)
     (folder / "bad.yaml").write_text(text.replace("matrix: toys", "matirx: toys2"))
     result = toys.pytester.runpytest_inprocess("-p", "harness.plugin", str(folder), f"--kernels={KERNELS}")
