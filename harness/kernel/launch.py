@@ -1,7 +1,8 @@
 """Launch: run one kernel on arguments already checked, and say which device kernels really ran.
 
 Invariant: `ran` is observed at the launch of each device kernel, not claimed by the adapter; what the launch broke
-(inputs changed, red zones written, a kernel that never ran) comes back as violations, never as an exception.
+(inputs changed, red zones written, settings of torch changed, a kernel that never ran) comes back as violations, never
+as an exception, and no case leaves another torch to the next.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from harness.kernel.arguments import LaunchArguments
 from harness.kernel.contract import Contract
 from harness.kernel.guarded import GuardedOutput, fingerprint
 from harness.kernel.registry import Launcher
+from harness.kernel.torch_state import kept_torch_state
 
 _INPUTS = (
     "q", "k", "v", "k_cache", "v_cache", "block_table", "query_start_loc", "seq_lens",
@@ -50,18 +52,20 @@ def launch(
     inputs = input_tensors(args)
     before = {name: fingerprint(tensor) for name, tensor in inputs.items()}
     violations: list[str] = []
-    if "triton" not in sys.modules:  # loading the kernel imports it where it is used at all
-        _call(launcher, args)
-        ran: tuple[str, ...] = ()
-    elif args.q.device.type == "cpu":
-        ran, broken = _interpreted(launcher, args, inputs, outputs, program_order_seed)
-        violations += broken
-    else:
-        with observed_triton_launches() as names:
+    with kept_torch_state(args.q.device) as changed:
+        if "triton" not in sys.modules:  # loading the kernel imports it where it is used at all
             _call(launcher, args)
-        ran = tuple(dict.fromkeys(names))
-    if args.q.device.type == "cuda":
-        torch.cuda.synchronize(args.q.device)
+            ran: tuple[str, ...] = ()
+        elif args.q.device.type == "cpu":
+            ran, broken = _interpreted(launcher, args, inputs, outputs, program_order_seed)
+            violations += broken
+        else:
+            with observed_triton_launches() as names:
+                _call(launcher, args)
+            ran = tuple(dict.fromkeys(names))
+        if args.q.device.type == "cuda":
+            torch.cuda.synchronize(args.q.device)
+    violations += [f"the kernel changed torch's {what} and left it so" for what in changed]
     violations += _which_ran(contract, case, ran)
     violations += [f"{name} was written by the kernel" for name, t in inputs.items() if fingerprint(t) != before[name]]
     violations += [overrun for output in outputs if (overrun := output.overrun())]

@@ -23,6 +23,7 @@ from harness.kernel.contract import Contract
 IN_TREE = Path(__file__).resolve().parents[2] / "kernels"
 ENTRY_POINT_GROUP = "attnreg.kernels"
 _PACKAGE = "_attnreg_kernels"
+_CHANGED = "__attnreg_changed__"  # in a kernel's module: what its import changed of torch
 
 Launcher = Callable[[LaunchArguments], None]
 
@@ -90,7 +91,7 @@ def load_entry(contract: Contract) -> Launcher:
     """Import the implementation of a kernel and return its adapter.
 
     Raises KernelNotFound where a needed package is not installed (with the line that says what to install) or the
-    entry names nothing, KernelRaised where its code cannot be imported.
+    entry names nothing, KernelRaised where its code cannot be imported or leaves another torch behind.
     """
     missing = [name for name in contract.needs if importlib.util.find_spec(name) is None]
     if missing:
@@ -101,12 +102,26 @@ def load_entry(contract: Contract) -> Launcher:
     if contract.folder is not None:
         where = f"{_package(contract.folder.parent)}.{contract.folder.name}.{where.removesuffix('.py')}"
     try:
-        module = importlib.import_module(where)
+        module, changed = _imported(where)
     except AttnregError:
         raise
     except Exception as error:  # importing a kernel runs its code: what it raises is the kernel's failure
         raise KernelRaised(f"'{contract.entry}' cannot be imported: {type(error).__name__}: {error}") from error
+    if changed:
+        raise KernelRaised(f"importing '{contract.entry}' changed torch's {changed[0]} and left it so")
     launcher = getattr(module, function, None)
     if not callable(launcher):
         raise KernelNotFound(f"kernel '{contract.name}': '{contract.entry}' is not a function")
     return launcher  # type: ignore[no-any-return]
+
+
+def _imported(where: str) -> tuple[ModuleType, tuple[str, ...]]:
+    """The module, and what importing it changed of torch, which is put back.
+
+    A module is imported once and its changes count against every case, so the module keeps them.
+    """
+    from harness.kernel.torch_state import kept_torch_state  # imports torch, which listing kernels does without
+
+    with kept_torch_state() as changed:
+        module = importlib.import_module(where)
+    return module, vars(module).setdefault(_CHANGED, tuple(changed))

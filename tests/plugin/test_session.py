@@ -102,6 +102,8 @@ def test_an_honest_kernel_is_green_and_quiet(toys: Toys) -> None:
         ("toy_forgetful", "*worst * tolerance*"),
         ("toy_greedy", "*q was written by the kernel"),
         ("toy_overrun", "*1 elements behind or between the rows of out were written*"),
+        ("toy_careless", "*the kernel changed torch's default dtype (was torch.float32*"),
+        ("toy_rude", "*importing 'rude.py:honest' changed torch's deterministic mode*"),
         ("toy_raising", "*the kernel raised RuntimeError: no such instruction*"),
         ("toy_skipping", "*the kernel raised Skipped*"),
         ("toy_quitting", "*the kernel raised SystemExit*"),
