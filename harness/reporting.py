@@ -88,7 +88,8 @@ class Reporting:
         outcome = Record.from_json(line).outcome
         if outcome is Outcome.PASS:
             return None
-        return outcome.value.lower(), _LETTERS.get(outcome, "F"), outcome.value
+        category = "harness_error" if outcome is Outcome.ERROR else outcome.value.lower()  # "error" is pytest's own
+        return category, _LETTERS.get(outcome, "F"), outcome.value
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self.log is None:

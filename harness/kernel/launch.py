@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from harness.case import Case
-from harness.errors import AttnregError, KernelRaised, first_line
+from harness.errors import AttnregError
 from harness.interpreter.errors import MemoryFault
 from harness.kernel.arguments import LaunchArguments
 from harness.kernel.contract import Contract
+from harness.kernel.failures import is_refused_launch, kernel_error, memory_shortage
 from harness.kernel.guarded import GuardedOutput, fingerprint
 from harness.kernel.registry import Launcher
 from harness.kernel.torch_state import kept_torch_state
@@ -47,7 +48,8 @@ def launch(
 ) -> LaunchResult:
     """Run `launcher` on `args` (compiled on a GPU, under the strict interpreter on a CPU) and observe it.
 
-    Raises KernelRaised where the kernel raises; out of memory and a dead device context pass through as they are.
+    Raises KernelRaised where the kernel raises, OutOfMemory where memory ran out in it; the error of a dead device
+    context passes through as it is.
     """
     inputs = input_tensors(args)
     before = {name: fingerprint(tensor) for name, tensor in inputs.items()}
@@ -81,10 +83,12 @@ def input_tensors(args: LaunchArguments) -> dict[str, torch.Tensor]:
 def _call(launcher: Launcher, args: LaunchArguments) -> None:
     try:
         launcher(args)
-    except (AttnregError, torch.OutOfMemoryError, torch.AcceleratorError, KeyboardInterrupt):
+    except (AttnregError, KeyboardInterrupt):
         raise
     except BaseException as error:  # a kernel may raise anything, also what ends or skips a test: it is a failure
-        raise KernelRaised(f"the kernel raised {type(error).__name__}: {first_line(error)}") from error
+        if isinstance(error, torch.AcceleratorError) and not (memory_shortage(error) or is_refused_launch(error)):
+            raise
+        raise kernel_error(error) from error
 
 
 def _interpreted(

@@ -87,6 +87,16 @@ def get(kernels: Mapping[str, Contract], name: str) -> Contract:
         raise KernelNotFound(f"unknown kernel '{name}'.{hint} Known: {', '.join(sorted(kernels))}") from None
 
 
+def code_home(contract: Contract) -> Path | None:
+    """Where the kernel's own code lies: the folder of kernels it was found in, or the package or file of its entry."""
+    if contract.folder is not None:
+        return contract.folder.parent.resolve()
+    spec = importlib.util.find_spec(contract.entry.partition(":")[0].partition(".")[0])
+    if spec is None or spec.origin is None:
+        return None
+    return Path(spec.origin).parent if spec.submodule_search_locations else Path(spec.origin)
+
+
 def load_entry(contract: Contract) -> Launcher:
     """Import the implementation of a kernel and return its adapter.
 
