@@ -170,6 +170,30 @@ def test_every_wrong_element_unwritten_or_nan_is_said() -> None:
     assert not any("every wrong element" in text for text in rows["seen"])
 
 
+def test_hints_of_out_and_lse_are_not_mixed() -> None:
+    mask = blank()
+    mask[:, 8:12] = True  # kv head 2
+    lse = torch.zeros(ROWS.num_tokens, 16, dtype=torch.bool)
+    lse[:, 4:8] = True  # kv head 1
+    seen = explain(mask, lse=lse)["rows"]["seen"]
+    assert seen == ["out: only kv head 2 is wrong, 4 of its 4 heads", "lse: only kv head 1 is wrong, 4 of its 4 heads"]
+    same = explain(mask, lse=mask.any(dim=2))["rows"]["seen"]
+    assert same == ["only kv head 2 is wrong, 4 of its 4 heads"]
+    right = explain(mask, lse=torch.zeros_like(lse))["rows"]["seen"]
+    assert right == ["only kv head 2 is wrong, 4 of its 4 heads", "the LSE is within its tolerance everywhere"]
+
+
+def test_kinds_of_fault_name_the_tensor_they_are_in() -> None:
+    mask, lse = blank(), torch.zeros(ROWS.num_tokens, 16, dtype=torch.bool)
+    mask[0], lse[0, :3] = True, True
+    wrong = found(mask), found(lse, "lse", nan=3)
+    rows = explain_mismatch(CASE, Findings(wrong))["rows"]
+    assert rows["of these"] == ["3 NaN in lse"]
+    assert rows["not"] == ["Inf, unwritten"]
+    assert "lse: every wrong element is NaN" in rows["seen"]
+    assert not any(line.endswith("every wrong element is NaN") and not line.startswith("lse") for line in rows["seen"])
+
+
 def test_lse_alone_is_described_in_tokens_and_heads() -> None:
     lse = torch.zeros(ROWS.num_tokens, 16, dtype=torch.bool)
     lse[:, 8:12] = True
