@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from harness.errors import AttnregError
+from harness.errors import AttnregError, UsageError
 from harness.matrix import SHARED_ROWS
 from harness.matrix.axes import case_id
 from harness.session import SESSION, Session
@@ -41,10 +41,20 @@ def is_matrix(path: Path) -> bool:
     return any(_MATRIX_KEY.search(other.read_text(encoding="utf-8", errors="replace")) for other in beside)
 
 
-def matrix_files(paths: Iterable[Path]) -> Iterable[Path]:
-    """The files among `paths`, and the matrices in the folders among them, sorted."""
+def matrix_files(paths: Iterable[Path]) -> list[Path]:
+    """The files among `paths`, and the matrices in the folders among them, sorted.
+
+    Raises UsageError for a path that is not there and for a folder without a matrix.
+    """
+    found: list[Path] = []
     for path in paths:
-        yield from sorted(filter(is_matrix, path.rglob("*.y*ml"))) if path.is_dir() else (path,)
+        if not path.exists():
+            raise UsageError(f"{path}: no such file or folder")
+        inside = sorted(filter(is_matrix, path.rglob("*.y*ml"))) if path.is_dir() else [path]
+        if not inside:
+            raise UsageError(f"{path}: no matrix in this folder")
+        found += inside
+    return found
 
 
 class CaseFailed(Exception):

@@ -31,7 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--geometry-seed", type=int, metavar="N", help="override the geometry seed of every case")
     group.addoption("--plant", metavar="NAME", help="inject a fault into the set-up; 'list' lists them")
     group.addoption("--no-contract-checks", action="store_true", help="launch even what violates the contract")
-    group.addoption("--reports", metavar="DIR", help="where run logs go (default: reports/ of the project)")
+    group.addoption("--reports", metavar="DIR", help="where run logs go (default: reports/ of pytest's root folder)")
 
 
 def pytest_configure(config: pytest.Config) -> None:

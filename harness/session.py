@@ -10,6 +10,7 @@ import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from harness.run.run_case import Options
     from harness.store.record import Record
 
+PLUGIN = "harness.plugin"
 PROJECT = Path(__file__).resolve().parents[1]
 
 
@@ -66,7 +68,7 @@ class Session:
     @property
     def reports(self) -> Path:
         chosen = self.config.getoption("--reports")
-        return Path(chosen) if chosen else PROJECT / "reports"
+        return Path(chosen) if chosen else self.config.rootpath / "reports"
 
     @property
     def worker(self) -> str:
@@ -115,7 +117,15 @@ class Session:
 
         shown = os.path.relpath(path, self.config.rootpath)
         own_seeds = {"geometry": case.geometry_seed, "data": case.data_seed}
-        command = reproduce_line(shown, name, self.tier, verdict.seeds, self.reproduce_options, default_seeds=own_seeds)
+        command = reproduce_line(
+            shown,
+            name,
+            self.tier,
+            verdict.seeds,
+            self.reproduce_options,
+            default_seeds=own_seeds,
+            plugin=self.named_plugin,
+        )
         return Record.of(
             case, verdict, id=name, matrix_path=shown, line=line, tier=self.tier, worker=self.worker, reproduce=command
         )
@@ -156,6 +166,12 @@ class Session:
         from harness.run.observe import Demand
 
         return replace(self.options, demand=Demand(matrix.must_see, matrix.margin), noise_floor=matrix.noise_floor)
+
+    @property
+    def named_plugin(self) -> str:
+        """What -p has to name in every command, as it did in this one; nothing where attnreg is installed."""
+        named = PLUGIN in (self.config.getoption("plugins") or ())
+        return PLUGIN if named and not entry_points(group="pytest11", name=PLUGIN) else ""
 
     @property
     def reproduce_options(self) -> dict[str, object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -115,7 +116,7 @@ def test_a_faulty_kernel_is_red_and_says_why(toys: Toys, kernel: str, words: str
     assert result.ret == 1
     assert toys.outcomes == {"toy_honest": {Outcome.PASS}, kernel: {Outcome.FAIL}}
     result.stdout.fnmatch_lines(["FAIL*", words])
-    result.stdout.fnmatch_lines([f"Reproduce: pytest 'toys.yaml::toys-{kernel}-*"])
+    result.stdout.fnmatch_lines([f"Reproduce: pytest *'toys.yaml::toys-{kernel}-*"])
     assert "Traceback" not in result.stdout.str()
 
 
@@ -127,7 +128,25 @@ def test_the_reproduce_line_reproduces(toys: Toys) -> None:
         "-p", "harness.plugin", *shlex.split(command)[1:], f"--reports={toys.pytester.path / 'reports'}"
     )
     assert result.ret == 1
-    assert [r.id for r in toys.records] == [shlex.split(command)[1].split("::")[1]]
+    assert f"toys.yaml::{toys.records[0].id}" in shlex.split(command)
+    assert len(toys.records) == 1
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_reproduce_line_names_the_plugin_where_it_is_not_installed(
+    toys: Toys, monkeypatch: pytest.MonkeyPatch, installed: bool
+) -> None:
+    monkeypatch.setattr("harness.session.entry_points", lambda **which: ("harness.plugin",) if installed else ())
+    toys.run("toy_zeros")
+    named = "" if installed else "-p harness.plugin "
+    assert toys.records[0].reproduce.startswith(f"pytest {named}'toys.yaml::toys-toy_zeros-")
+
+
+def test_runs_are_logged_under_the_root_folder_unless_told_otherwise(toys: Toys) -> None:
+    toys.run("toy_honest")
+    shutil.rmtree(toys.pytester.path / "reports")
+    toys.pytester.runpytest_inprocess("-p", "harness.plugin", "toys.yaml", f"--kernels={KERNELS}")
+    assert len(toys.records) == 2
 
 
 def test_unsupported_is_neither_a_pass_nor_a_skip(toys: Toys) -> None:
