@@ -10,6 +10,7 @@ import difflib
 import importlib
 import importlib.util
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from importlib.metadata import entry_points
@@ -51,15 +52,24 @@ def _contracts(folders: Iterable[Path]) -> Iterable[Contract]:
         if not families and folder != IN_TREE:  # absent where attnreg was installed without its checkout
             raise KernelNotFound(f"{folder}: no kernels here (expected {folder.name}/<family>/contract.py)")
         for family in families:
-            try:
-                module = importlib.import_module(f"{_package(folder)}.{family.name}.contract")
-                contracts = [replace(contract, folder=family) for contract in module.KERNELS]
-            except Exception as error:  # a contract is code: whatever is wrong in it is one message
-                what = f"{type(error).__name__}: {error}"
-                raise KernelNotFound(f"{family / 'contract.py'}: no KERNELS to be had: {what}") from error
-            yield from contracts
+            yield from _declared(family, f"{_package(folder)}.{family.name}.contract")
     for point in entry_points(group=ENTRY_POINT_GROUP):
         yield from point.load()
+
+
+def _declared(family: Path, module_name: str) -> Iterable[Contract]:
+    """The contracts of one family. Raises KernelNotFound, in one line, for whatever is wrong in its contract.py."""
+    path = family / "contract.py"
+    try:
+        found = getattr(importlib.import_module(module_name), "KERNELS", None)
+    except Exception as error:  # a contract is code: whatever is wrong in it is one message
+        own = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == path.resolve()]
+        line = error.lineno if isinstance(error, SyntaxError) else own[-1] if own else 1
+        raise KernelNotFound(f"{path}:{line}: {type(error).__name__}: {error}") from error
+    if not isinstance(found, tuple | list) or not all(isinstance(one, Contract) for one in found):
+        said = "there is none" if found is None else f"not {found!r:.60}"
+        raise KernelNotFound(f"{path}: KERNELS is a tuple of contracts, {said}")
+    return [replace(contract, folder=family) for contract in found]
 
 
 def _package(folder: Path) -> str:

@@ -136,11 +136,24 @@ def _expand_tier(matrix: Matrix, tier: Tier, supported: Supported) -> Expansion:
         for case in _cases(matrix, entry_values(matrix, tier, entry.values)):
             found.setdefault(case, entry.span.line)
     if not found:
-        what = f"tier '{tier.name}' selects no case: the contracts of {', '.join(matrix.kernels)} admit none"
-        raise Mistake(tier.span, what)
+        raise Mistake(
+            tier.span,
+            f"tier '{tier.name}' selects no case that a contract admits: {_refusals(matrix, tier, supported)}",
+        )
     if len({case_id(case) for case in found}) != len(found):
         raise AssertionError(f"{matrix.path}: two cases of tier '{tier.name}' share an id")
     return Expansion(matrix, tier.name, tuple(found), tuple(found.values()), coverage, num_covering)
+
+
+def _refusals(matrix: Matrix, tier: Tier, supported: Supported) -> str:
+    """Why no kernel takes part: for each, the clause of its contract that rules out the first case it would have."""
+    said = []
+    for kernel in matrix.kernels:
+        model = Model({**tier_values(matrix, tier), "kernel": (kernel,)}, constraints(matrix.name, matrix.rules))
+        row = model.possible()
+        case = None if row is None else assemble(matrix.name, model.assignment(row))
+        said.append(f"{kernel}: {(case and supported(case)) or 'constraints leave none'}")
+    return "; ".join(said)
 
 
 def tier_values(matrix: Matrix, tier: Tier) -> Values:

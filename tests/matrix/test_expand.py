@@ -96,7 +96,7 @@ def test_a_kernel_without_any_admitted_case_takes_no_part(tmp_path: Path) -> Non
     with pytest.raises(MatrixError) as caught:
         demo.expand("smoke", supported=lambda c: "never")
     assert caught.value.headlines[0].endswith(
-        ":7:9: tier 'smoke' selects no case: the contracts of alpha, beta admit none"
+        ":7:9: tier 'smoke' selects no case that a contract admits: alpha: never; beta: never"
     )
 
 
