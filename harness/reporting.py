@@ -6,7 +6,6 @@ leaves a CRASH record all the same. Nothing is computed here.
 
 from __future__ import annotations
 
-import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from harness.store.run_log import RunLog, new_run_id, utc_now
 from harness.store.tightness import DECISIVE_TIERS, not_tight
 
 if TYPE_CHECKING:
+    from harness.matrix import Expansion
     from harness.report.summary import CoverageLine
 
 COVERAGE = "attnreg_coverage"
@@ -130,16 +130,21 @@ class Reporting:
             ran.setdefault(record.matrix, {})[record.id] = record.matrix_path
         lines = {}
         for name, paths in ran.items():
-            text, total = self.session.coverage.get(name, ("", math.inf))
+            if name not in self.session.coverage:  # a worker that was stopped sent nothing
+                self._expanded(next(iter(paths.values())))
+            text, total = self.session.coverage.get(name, ("", len(paths)))
             if len(paths) >= total:
                 lines[name] = CoverageLine(text, complete="%" not in text or "100 %" in text)
-                continue
-            try:
-                _, expansion = self.session.expand(self.session.config.rootpath / next(iter(paths.values())))
-            except AttnregError:
-                continue  # changed since it was collected: nothing is claimed
-            lines[name] = CoverageLine(expansion.describe_part(paths), complete=False, total=len(expansion.cases))
+            elif (expansion := self._expanded(next(iter(paths.values())))) is not None:
+                lines[name] = CoverageLine(expansion.describe_part(paths), complete=False, total=total)
         return lines
+
+    def _expanded(self, path: str) -> Expansion | None:
+        """The cases of the matrix at `path`; None where it was changed since it was collected: nothing is claimed."""
+        try:
+            return self.session.expand(self.session.config.rootpath / path)[1]
+        except AttnregError:
+            return None
 
     def _open_log(self) -> RunLog:
         if self.log is None:
