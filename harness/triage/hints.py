@@ -64,6 +64,7 @@ def _values(found: TensorFindings) -> list[Hint]:
         ("unwritten", found.num_unwritten, "was never written"),
         ("nan", found.num_nan, "is NaN"),
         ("inf", found.num_inf, "is infinite"),
+        ("zero", found.num_zero, "is exactly 0"),
     ):
         if amount == found.num_mismatched:
             return [Hint(key, f"every wrong element {what}")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -156,6 +157,15 @@ def test_a_short_row_is_not_called_the_partial_tile_of_a_long_one() -> None:
     mask = blank(case)
     mask[1:10] = True  # all of it: nothing is behind a full tile
     assert explain(mask, case)["rows"]["seen"] == ["only prefill rows are wrong: 1 of 1", "only sequence 1 is wrong"]
+
+
+def test_every_wrong_element_zero_is_said() -> None:
+    mask = blank()
+    mask[:, 1:] = True  # heads of which only the first is computed
+    wrong = found(mask)
+    for num_zero, said in ((wrong.num_mismatched, True), (wrong.num_mismatched - 1, False)):
+        rows = explain_mismatch(CASE, Findings((replace(wrong, num_zero=num_zero),)))["rows"]
+        assert ("every wrong element is exactly 0" in rows.get("seen", [])) is said
 
 
 def test_every_wrong_element_unwritten_or_nan_is_said() -> None:
