@@ -6,6 +6,7 @@ it, whatever the code inside did or raised; what it had changed is told, random 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,15 +29,23 @@ def _flag(name: str, holder: Any, attribute: str) -> Setting:
 
 
 def _legacy(name: str, read: Callable[[], Any], write: Callable[[Any], object]) -> Setting:
-    """A setting of the older precision API, which refuses to be read where the newer one was used: None then."""
+    """A setting of the older precision API, which refuses to be read where the newer one was used: None then.
+
+    Some versions of torch call it deprecated; it is read all the same, as kernels still set it.
+    """
+
+    def quietly(act: Callable[[], Any]) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return act()
 
     def value() -> Any:
         try:
-            return read()
+            return quietly(read)
         except RuntimeError:
             return None
 
-    return Setting(name, value, lambda known: None if known is None else write(known))
+    return Setting(name, value, lambda known: None if known is None else quietly(lambda: write(known)))
 
 
 def _precisions() -> Iterator[Setting]:
