@@ -19,7 +19,7 @@ from harness.triage.gains import gain_summary, tell_gains, tell_hull
 from harness.triage.hints import Hint, compare_tensors, find_hints, merge_hints
 from harness.triage.pattern import Pattern, find_pattern
 from harness.triage.place import RowPart, places
-from harness.triage.wording import compact, count, number
+from harness.triage.wording import compact, count, number, without_numbers
 
 MAX_SEQUENCES = 4  # sequences told one by one
 
@@ -38,7 +38,7 @@ def explain_mismatch(case: Case, findings: Findings) -> dict[str, Any]:
     shape: list[str] = []
     if findings.violations:
         rows["violates"] = list(findings.violations)
-        shape.append("violates")
+        shape += [f"violates: {without_numbers(violation)}" for violation in findings.violations]
     for found in findings.tensors:
         pattern = find_pattern(case, found)
         tensors.append(_tensor_data(case, found, pattern))

@@ -228,7 +228,9 @@ def test_violations_come_without_wrong_elements_too() -> None:
     explanation = explain_mismatch(CASE, Findings((found(blank()),), ("the kernel changed k_cache",)))
     assert explanation["rows"]["violates"] == ["the kernel changed k_cache"]
     assert explanation["summary"] == "the kernel changed k_cache"
-    assert explanation["shape"] == "violates"
+    assert explanation["shape"] == "violates: the kernel changed k_cache"
+    other = explain_mismatch(CASE, Findings((found(blank()),), violations=("the kernel changed 3 elements",)))
+    assert other["shape"] == "violates: the kernel changed # elements"
 
 
 def test_infinite_errors_are_plain_data() -> None:
