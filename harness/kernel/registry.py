@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
@@ -65,7 +66,7 @@ def _declared(family: Path, module_name: str) -> Iterable[Contract]:
     except Exception as error:  # a contract is code: whatever is wrong in it is one message
         own = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == path.resolve()]
         line = error.lineno if isinstance(error, SyntaxError) else own[-1] if own else 1
-        raise KernelNotFound(f"{path}:{line}: {type(error).__name__}: {error}") from error
+        raise KernelNotFound(f"{path}:{line}: {_told(error)}") from error
     if not isinstance(found, tuple | list) or not all(isinstance(one, Contract) for one in found):
         said = "there is none" if found is None else f"not {found!r:.60}"
         raise KernelNotFound(f"{path}: KERNELS is a tuple of contracts, {said}")
@@ -81,6 +82,11 @@ def _package(folder: Path) -> str:
         package.__path__ = [str(folder)]
         sys.modules[name] = package
     return name
+
+
+def _told(error: Exception) -> str:
+    """What an import raised, without the names of our private packages."""
+    return f"{type(error).__name__}: {re.sub(_PACKAGE + r'(_[0-9a-f]+)?[.]', '', str(error))}"
 
 
 def _origin(contract: Contract) -> str:
@@ -126,12 +132,16 @@ def load_entry(contract: Contract) -> Launcher:
     except AttnregError:
         raise
     except Exception as error:  # importing a kernel runs its code: what it raises is the kernel's failure
-        raise KernelRaised(f"'{contract.entry}' cannot be imported: {type(error).__name__}: {error}") from error
+        raise KernelRaised(f"'{contract.entry}' cannot be imported: {_told(error)}") from error
     if changed:
         raise KernelRaised(f"importing '{contract.entry}' changed torch's {changed[0]} and left it so")
     launcher = getattr(module, function, None)
     if not callable(launcher):
-        raise KernelNotFound(f"kernel '{contract.name}': '{contract.entry}' is not a function")
+        near = difflib.get_close_matches(
+            function, [name for name, value in vars(module).items() if callable(value)], n=1
+        )
+        hint = f". Did you mean '{near[0]}'?" if near else ""
+        raise KernelNotFound(f"kernel '{contract.name}': '{contract.entry}' is not a function{hint}")
     return launcher  # type: ignore[no-any-return]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from harness.case import Case, Rows
-from harness.errors import KernelNotFound
+from harness.errors import KernelNotFound, KernelRaised
 from harness.kernel.registry import IN_TREE, find_kernels, get, load_entry
 
 CONTRACT = """
@@ -72,7 +72,10 @@ def test_mistakes_are_one_clear_message(tmp_path: Path) -> None:
     with pytest.raises(KernelNotFound, match=r"broken/family/contract\.py:1: SyntaxError"):
         find_kernels([broken])
     kernels = find_kernels([family(tmp_path / "function", entry="code.py:lunch")])
-    with pytest.raises(KernelNotFound, match="is not a function"):
+    with pytest.raises(KernelNotFound, match=r"is not a function\. Did you mean 'launch'\?"):
+        load_entry(kernels["mine"])
+    kernels = find_kernels([family(tmp_path / "absent", entry="cods.py:launch")])
+    with pytest.raises(KernelRaised, match=r"ModuleNotFoundError: No module named 'family\.cods'"):
         load_entry(kernels["mine"])
 
 
