@@ -81,7 +81,7 @@ class Contract:
     def _mistakes(self) -> Iterator[str]:
         if not NAME.fullmatch(self.name):
             yield "a name holds letters, digits, _ and . only: ids spell it"
-        if ":" not in self.entry:
+        if self.entry and ":" not in self.entry:  # none: a kernel that is never loaded
             yield f"entry is 'file:function', not '{self.entry}'"
         content: Any = self.content
         if not isinstance(content, Content):
