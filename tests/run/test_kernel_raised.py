@@ -39,7 +39,7 @@ from .._shared.helper import helper
 
 @triton.jit
 def total(x):
-    return tl.dot(x, x)
+    return x + no_such_name
 
 
 @triton.jit
@@ -95,8 +95,8 @@ def rows(verdict: Verdict) -> dict[str, list[str]]:
         ),
         (
             "kernel[(1,)](args.q)",
-            "the kernel raised AssertionError: ",
-            ["raising/kernel.py:11 in total", "return tl.dot(x, x)"],
+            "the kernel raised NameError: name 'no_such_name' is not defined",
+            ["raising/kernel.py:11 in total", "return x + no_such_name"],
         ),
     ],
 )
@@ -119,15 +119,15 @@ def test_a_kernel_that_triton_does_not_compile_fails_with_the_line_it_counts_fro
     from triton.compiler.errors import CompilationError
 
     run(tmp_path, "pass")
-    node = ast.parse("def total(x):\n    return tl.dot(x, x)\n").body[0].body[0]  # type: ignore[attr-defined]
-    refused = CompilationError("def total(x):\n    return tl.dot(x, x)\n", node, "ranks differ")
+    node = ast.parse("def total(x):\n    return x + no_such_name\n").body[0].body[0]  # type: ignore[attr-defined]
+    refused = CompilationError("def total(x):\n    return x + no_such_name\n", node, "no_such_name is not defined")
     outer = CompilationError("def kernel(q_ptr):\n    total(x)\n", node)
     outer.__cause__ = refused
     error = kernel_error(outer)
     error.__cause__ = outer
     explanation = explain_raised(error, tmp_path)
-    assert explanation["rows"]["at"] == ["raising/kernel.py:11 in total", "return tl.dot(x, x)"]
-    assert explanation["rows"]["raised"] == ["the kernel raised CompilationError: ranks differ"]
+    assert explanation["rows"]["at"] == ["raising/kernel.py:11 in total", "return x + no_such_name"]
+    assert explanation["rows"]["raised"] == ["the kernel raised CompilationError: no_such_name is not defined"]
 
 
 def test_host_memory_that_a_kernel_cannot_have_is_out_of_memory(tmp_path: Path) -> None:
