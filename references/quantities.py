@@ -100,6 +100,5 @@ class AttentionReference:
     def part(self, tokens: slice) -> AttentionReference:
         """The rows of some tokens, as views."""
         fields: dict[str, Any] = dict(vars(self))
-        return AttentionReference(
-            **{name: x[tokens] if isinstance(x, torch.Tensor) else x for name, x in fields.items()}
-        )
+        fields |= {name: x[tokens] for name, x in fields.items() if isinstance(x, torch.Tensor)}
+        return AttentionReference(**fields)

@@ -9,9 +9,10 @@ enters neither. Rows whose errors are not generic (one key has all the mass, or 
              + accumulation, row sum and 16-bit split partials, rounded to nearest
                all times the number of rows with (nearly) the same output, which round alike
     bias       b' sqrt(sum_j p_j (y_j - x)^2)   exp, scale and truncating products q . k, by Cauchy-Schwarz
-             + sum_F A_j |y_j|                  keys that may be flushed to zero, by Cauchy-Schwarz
+             + sum_F A_j |y_j|                  keys that may be flushed to zero, by Cauchy-Schwarz over keys or dims
              + c (n / k) 2^-24 sum_c |o_c X_c|  truncating accumulators
              + (u_P^2 + u_out^2) |x|            mean of a relative rounding error, of second order
+             + sum_c h_c |X_c|                  outputs of 8 bits or near 0, where rounding follows the value
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ from references.rows import Rows
 
 GRAM_ELEMENTS = 1 << 26  # of the largest temporary on the way to a Gram matrix
 MOST_WEIGHTS = 4  # weight sets of a row
-NEVER_FLUSHES = 1e-30  # half a subnormal of P below this takes no key away
+FLUSHES_MUCH = 2.0**-20  # half a subnormal of P, relative to the largest P, above which lost keys need a close bound
+BIAS_SLACK = {torch.bfloat16: 1 + 2.0**-6, torch.float32: 1 + 2.0**-18}  # for biases summed from products of a type
 SNAP = 8  # in roundoffs: closer than this to 1, P = 1 - p snaps to 1 and an output to the value that is stored
 SPREAD = 8  # in roundoffs: logits of a row spread by less give P that round alike
 COARSEST = 2.0**-12  # roundoffs below this are taken as this where rows are told apart
@@ -68,13 +70,14 @@ class RowNoise:
     weights: dict[str, torch.Tensor]  # [L, n]: cast (squares / 3), mass (p), flushed (A of lost keys), logit (squares)
     logit_of_cast: torch.Tensor  # [L] variance from logits per variance from the cast, where they have no weights
     sum_after_cast: bool
+    lost_values: torch.Tensor  # [L] sum_F A_j |v_j|, where flushed keys have no weights; else 0
     coherent: torch.Tensor  # [L] b'
     per_dim: torch.Tensor  # [L, head_size_v] variances of errors that are independent per dim
     row_sum: torch.Tensor  # [L] variance of the relative error of the row sum
     truncation: torch.Tensor  # [L] c (n / k) 2^-24
     accumulator: torch.Tensor | None  # [L] relative error of 8-bit matrix units' short accumulators
     second_order: float  # u_P^2 + u_out^2
-    out_bias: float  # relative bias of the output cast where its numbers are too coarse to average
+    coarse_out: torch.Tensor  # [L, head_size_v] half ulps of outputs whose numbers are too coarse to average
 
     def moments(self, x: torch.Tensor) -> Moments:
         """Of float32 signatures `x` [L, T, head_size_v]; every result [L, T]."""
@@ -103,9 +106,12 @@ class RowNoise:
             bias += (lost * about("flushed", 0.0)).sqrt_()
             if self.sum_after_cast:
                 bias += lost * along.abs()
-        by_dim = (x.abs() @ self.out.abs()[..., None])[..., 0]
-        bias += (self.truncation[..., None] + self.out_bias) * by_dim
-        return Moments((x * x).sum(-1), variance, bias, along)
+        size = x.abs()
+        bias += self.truncation[..., None] * (size @ self.out.abs()[..., None])[..., 0]
+        bias += (size @ self.coarse_out[..., None])[..., 0]
+        energy = (x * x).sum(-1)
+        bias += self.lost_values[..., None] * energy.sqrt()
+        return Moments(energy, variance, bias.mul_(BIAS_SLACK[self.values.dtype]), along)
 
     def _sums(self, x: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """By weight: sums over keys of w (v . x)^2, w v . x [L, T] and w [L, 1]."""
@@ -173,8 +179,13 @@ def row_noise(rows: Rows, profile: NumericsProfile, q_dtype: str, alike: torch.T
     top = size.amax(-1)  # [L]
     dot = DOT_FACTOR * element_type(profile.dot_reduce).unit_roundoff * rows.dot_bound  # [L]
     weights = {"cast": cast, "mass": p}
-    if max(kind.half_subnormal for kind in p_types) / profile.p_scale > NEVER_FLUSHES:
-        weights["flushed"] = half_ulp.masked_fill(~flushed, 0.0)
+    lost, lost_values = half_ulp.masked_fill(~flushed, 0.0), torch.zeros_like(n)  # [L, n], [L]
+    if max(kind.half_subnormal for kind in p_types) / profile.p_scale > FLUSHES_MUCH:
+        weights["flushed"] = lost
+    else:
+        lost_values = (lost @ rows.v.norm(dim=-1)[..., None])[..., 0]
+        if profile.sum_after_cast:
+            lost_values += lost.sum(-1) * out.norm(dim=-1)
     if profile.s_dtype != "fp32":
         weights["logit"] = (dot[..., None].square() + (_roundoff(profile.s_dtype) * size).square_() / 3).mul_(p * p)
 
@@ -193,7 +204,9 @@ def row_noise(rows: Rows, profile: NumericsProfile, q_dtype: str, alike: torch.T
 
     spread = (p * p) @ (rows.v * rows.v)  # [L, head_size_v] sum p^2 v^2
     rounding = (SUM_FACTOR * U32) ** 2 * n  # [L]
-    per_dim = (profile.out_scale * _half_ulp(out / profile.out_scale, out_type)).square_().div_(3)
+    out_ulp = profile.out_scale * _half_ulp(out / profile.out_scale, out_type)  # [L, head_size_v] half of it
+    few_steps = out.abs() < SNAP * out_type.half_subnormal * profile.out_scale
+    per_dim = out_ulp.square() / 3
     per_dim += ((2 * truncation) ** 2 + rounding)[..., None] * (spread + out * out)
     if profile.split_partial_dtype != "fp32":
         partial = element_type(profile.split_partial_dtype).unit_roundoff * (p @ rows.v.abs())
@@ -211,13 +224,14 @@ def row_noise(rows: Rows, profile: NumericsProfile, q_dtype: str, alike: torch.T
         weights={name: weight.to(single) for name, weight in weights.items()},
         logit_of_cast=(3 * (dot / finest).square_()).to(single),  # p^2 <= 3 cast / u_P^2 of a key that is not lost
         sum_after_cast=profile.sum_after_cast,
+        lost_values=lost_values.to(single),
         coherent=coherent.to(single),
         per_dim=per_dim.to(single),
         row_sum=rounding.to(single),
         truncation=truncation.to(single),
         accumulator=None if accumulator is None else accumulator.to(single),
         second_order=p_type.unit_roundoff**2 + out_type.unit_roundoff**2,
-        out_bias=out_type.unit_roundoff if out_type.size == 1 else 0.0,
+        coarse_out=(out_ulp if out_type.size == 1 else out_ulp.masked_fill(~few_steps, 0.0)).to(single),
     )
 
 

@@ -17,11 +17,13 @@ from harness.oracle.matched_filter import PageFilter, find_gains, least_gains, l
 from harness.oracle.row_noise import by_gram, weighted_squares
 from harness.oracle.sampling import sampled
 from harness.oracle.splits import averaged
-from references.attention import AttentionInputs
+from harness.oracle.tolerance import rounding_of
+from references.attention import AttentionInputs, attend
 from references.rows import attention_rows
 from tests.oracle.cases import FEATURES, judged, make_case, ratios
 from tests.oracle.emulated_kernel import Schedule, run_emulated
 
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 PROFILES = {
     "same": NumericsProfile(),
     "fp32 P": NumericsProfile(p_dtype="fp32", mma="simt"),
@@ -91,6 +93,39 @@ def test_one_key_beside_a_sink_is_not_looked_at() -> None:
     out, _ = run_emulated(alone, profile, "bf16")
     found = find_gains(alone, out, filter_of(alone, profile, "bf16"))
     assert (found.z, found.num_statistics) == (0.0, 0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_row_that_is_flushed_to_zero_gives_no_false_alarm(device: str) -> None:
+    """A sink far above takes P of float16 below its subnormals: what is lost is certain, and all there is to see."""
+    inputs = make_case("normal", "fp16", lengths=((12, 1), (60, 37)), group=4)
+    sinks = torch.full((8,), 70.0, device=device)
+    q, k, v = (x.to(device) for x in (inputs.q * 8, inputs.k, inputs.v))
+    flushed = replace(inputs, q=q, k=k, v=v, sinks=sinks)
+    out = torch.zeros(13, 8, 64, dtype=torch.float16, device=device)
+    filters = filter_of(flushed, NumericsProfile(), "fp16")
+    assert find_gains(flushed, out, filters).z < Z_LIMIT
+    coarse = replace(filters, profile=NumericsProfile(p_dtype="fp8_e5m2", mma="mma_sync"))
+    assert find_gains(flushed, out, coarse).z < Z_LIMIT
+
+
+def test_outputs_that_round_to_zero_give_no_false_alarm() -> None:
+    """A sink leaves outputs of less than half the smallest float16: each error is the output, whatever its sign."""
+    inputs = make_case("normal", "fp16", lengths=((12, 1), (60, 37)), group=4, size=128)
+    logits = NumericsProfile(p_dtype="fp32", mma="simt")
+    for sink in (14.0, 15.0, 16.0, 17.0, 18.0):
+        tiny = replace(inputs, sinks=torch.full((8,), 5 + sink))
+        out = attend(tiny, rounding_of(logits, "fp16")).out.half()
+        assert find_gains(tiny, out, filter_of(tiny, logits, "fp16")).z < Z_LIMIT
+
+
+def test_parts_of_a_sequence_are_cut_into_the_same_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = make_case("normal", "bf16", lengths=((64, 8, 1), (256, 40, 1000)), group=4)
+    out, _ = run_emulated(inputs, NumericsProfile(), "bf16")
+    filters = replace(filter_of(inputs, NumericsProfile(), "bf16"), num_splits=3)
+    together = find_gains(inputs, out, filters)
+    monkeypatch.setitem(sampling.ELEMENTS, inputs.q.device.type, 1 << 16)
+    assert find_gains(inputs, out, filters).z == pytest.approx(together.z, rel=1e-2)
 
 
 def test_rows_that_round_alike_are_counted_across_parts(monkeypatch: pytest.MonkeyPatch) -> None:
