@@ -67,7 +67,9 @@ def _take_kernels(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: list[str]) -> int:
     import pytest
 
-    return int(pytest.main(["-p", "harness.plugin", *arguments]))  # also where attnreg is not installed
+    named = ["-p", "harness.plugin"]  # also where attnreg is not installed
+    quiet = ["-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning"]  # this module is, of a plugin
+    return int(pytest.main([*named, *quiet, *arguments]))
 
 
 def _check(paths: Sequence[Path], folders: Sequence[Path]) -> int:

@@ -66,3 +66,4 @@ def test_run_loads_the_plugin_wherever_it_is_called(pytester: pytest.Pytester, m
     result = pytester.run(sys.executable, "-m", "harness", "run", "toys.yaml", f"--kernels={TOYS}", "--device=cpu")
     assert result.ret == 0
     result.stdout.fnmatch_lines(["2 passed, 0 blind.*"])
+    result.stdout.no_fnmatch_line("*warning*")
