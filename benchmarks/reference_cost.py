@@ -5,9 +5,9 @@
 The plain product is, per sequence, Q K^T and P V in float64 with as many keys as its rows see on average: no fewer
 multiplications than the reference needs, and nothing is masked, exponentiated or converted. `reference` is attend
 alone, `total` adds the tolerance and the judgement of an output with its LSE (tiers 1 and L), `every tier` tier 2 and
-the hull as well, with pages of 16. `cells/s` is how many cases a second one process judges in that way. `peak` is the most memory that attend
-held beside its result, `bound` what it promises. `excess` is how much larger than exact the moments are, which on
-GPUs are upper bounds; one that is too small ends the command with an error.
+the hull as well, with pages of 16; `cells/s` is how many cases a second one process judges in that way. `peak` is the
+most memory that attend held beside its result, `bound` what it promises. `excess` is how much larger than exact the
+moments are, which on GPUs are upper bounds; one that is too small ends the command with an error.
 """
 
 from __future__ import annotations
@@ -198,9 +198,8 @@ def main() -> None:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
-    print(
-        f"{'shape':<24}{'plain':>10}{'reference':>11}{'total':>10}{'total/plain':>13}{'every tier':>13}{'cells/s':>9}{'peak/bound':>20}{'excess':>9}"
-    )
+    titles = f"{'plain':>10}{'reference':>11}{'total':>10}{'total/plain':>13}{'every tier':>13}{'cells/s':>9}"
+    print(f"{'shape':<24}{titles}{'peak/bound':>20}{'excess':>9}")
     for shape in QUICK if chosen.quick else SHAPES:
         row = measure(shape, chosen.dtype, device, repeats=3 if chosen.quick else 5)
         rows.append(row)

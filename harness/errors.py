@@ -39,9 +39,8 @@ class KernelRaised(AttnregError):
     """The kernel under test raised an exception of its own; the cause is chained."""
 
 
-def is_cpu_out_of_memory(error: BaseException) -> bool:
-    """Whether torch's CPU allocator failed, for which torch has no type of its own."""
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+class OutOfMemory(AttnregError):
+    """The kernel under test asked for memory of host or device that could not be had; the cause is chained."""
 
 
 def first_line(error: BaseException) -> str:

@@ -1,7 +1,8 @@
 """Launch: run one kernel on arguments already checked, and say which device kernels really ran.
 
 Invariant: `ran` is observed at the launch of each device kernel, not claimed by the adapter; what the launch broke
-(inputs changed, red zones written, a kernel that never ran) comes back as violations, never as an exception.
+(inputs changed, red zones written, settings of torch changed, a kernel that never ran) comes back as violations, never
+as an exception, and no case leaves another torch to the next.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ import torch
 
 from harness.cache.pool import Pool
 from harness.case import Case
-from harness.errors import AttnregError, KernelRaised, first_line, is_cpu_out_of_memory
+from harness.errors import AttnregError
 from harness.interpreter.errors import MemoryFault
 from harness.kernel.arguments import LaunchArguments
 from harness.kernel.contract import Contract
+from harness.kernel.failures import is_refused_launch, kernel_error, memory_shortage
 from harness.kernel.guarded import GuardedOutput, checksum, fingerprint
 from harness.kernel.reaching import ReachingOutput
 from harness.kernel.registry import Launcher
+from harness.kernel.torch_state import kept_torch_state
 
 _INPUTS = (
     "q", "k", "v", "k_cache", "v_cache", "block_table", "query_start_loc", "seq_lens",
@@ -52,24 +55,27 @@ def launch(
     `pools` by argument name: those whose addresses reach further than their tensor. All of such a pool may be read: a
     wrong address then reads a decoy, on a CPU as on a GPU, instead of ending the kernel.
 
-    Raises KernelRaised where the kernel raises; out of memory and a dead device context pass through as they are.
+    Raises KernelRaised where the kernel raises, OutOfMemory where memory ran out in it; the error of a dead device
+    context passes through as it is.
     """
     inputs = input_tensors(args)
     before = {name: _fingerprint(tensor, pools.get(name)) for name, tensor in inputs.items()}
     violations: list[str] = []
-    if "triton" not in sys.modules:  # loading the kernel imports it where it is used at all
-        _call(launcher, args)
-        ran: tuple[str, ...] = ()
-    elif args.q.device.type == "cpu":
-        around = {f"surroundings of {name}": pool.bytes for name, pool in pools.items()}
-        ran, broken = _interpreted(launcher, args, {**inputs, **around}, outputs, program_order_seed)
-        violations += broken
-    else:
-        with observed_triton_launches() as names:
+    with kept_torch_state(args.q.device) as changed:
+        if "triton" not in sys.modules:  # loading the kernel imports it where it is used at all
             _call(launcher, args)
-        ran = tuple(dict.fromkeys(names))
-    if args.q.device.type == "cuda":
-        torch.cuda.synchronize(args.q.device)
+            ran: tuple[str, ...] = ()
+        elif args.q.device.type == "cpu":
+            around = {f"surroundings of {name}": pool.bytes for name, pool in pools.items()}
+            ran, broken = _interpreted(launcher, args, {**inputs, **around}, outputs, program_order_seed)
+            violations += broken
+        else:
+            with observed_triton_launches() as names:
+                _call(launcher, args)
+            ran = tuple(dict.fromkeys(names))
+        if args.q.device.type == "cuda":
+            torch.cuda.synchronize(args.q.device)
+    violations += [f"the kernel changed torch's {what} and left it so" for what in changed]
     violations += _which_ran(contract, case, ran)
     violations += [
         f"{name} was written by the kernel"
@@ -94,12 +100,12 @@ def _fingerprint(tensor: torch.Tensor, pool: Pool | None) -> tuple[int, ...]:
 def _call(launcher: Launcher, args: LaunchArguments) -> None:
     try:
         launcher(args)
-    except (AttnregError, torch.OutOfMemoryError, torch.AcceleratorError, MemoryError, KeyboardInterrupt):
+    except (AttnregError, KeyboardInterrupt):
         raise
     except BaseException as error:  # a kernel may raise anything, also what ends or skips a test: it is a failure
-        if is_cpu_out_of_memory(error):
-            raise MemoryError(first_line(error)) from error
-        raise KernelRaised(f"the kernel raised {type(error).__name__}: {first_line(error)}") from error
+        if isinstance(error, torch.AcceleratorError) and not (memory_shortage(error) or is_refused_launch(error)):
+            raise
+        raise kernel_error(error) from error
 
 
 def _interpreted(
