@@ -1,0 +1,28 @@
+"""A known over-read: what a kernel reads behind what it needs, declared so that it is provided, and nothing else is.
+
+Invariant: declared memory is readable and holds dead content; a kernel whose result depends on it still fails.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+OVER_READABLE = {
+    "block_table": "entries behind the last page of a row",
+    "k_cache": "slots behind the last cached token of a row",
+    "v_cache": "slots behind the last cached token of a row",
+}
+
+
+@dataclass(frozen=True)
+class OverRead:
+    """The kernel may read up to `amount` (units: OVER_READABLE) of `buffer` too many, `because`."""
+
+    buffer: str
+    amount: int
+    because: str
+
+    def __post_init__(self) -> None:
+        if self.buffer not in OVER_READABLE or self.amount < 1 or not self.because:
+            known = ", ".join(OVER_READABLE)
+            raise ValueError(f"an over-read needs a buffer ({known}), an amount of at least 1 and a reason: {self}")
