@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -120,10 +120,12 @@ class _Judge:
                 places = _unseen(seen, scope, pair, first, end)
                 if len(places):
                     waiting = tokens[(first <= places[0]) & (places[0] < end)]
-                    physical = scope.page_and_slot(int(scope.cells(pair, places[:1])[0]))
+                    cell = int(scope.cells(pair, places[:1])[0])
+                    whose, physical = (scope.buffer, *pair), scope.page_and_slot(cell)
                     where = self._line_of(reads, sources)
-                    whose = (scope.buffer, *pair)
-                    yield self._finding("never_read", whose, places, physical, waiting, part.program, where)
+                    finding = self._finding("never_read", whose, places, physical, waiting, part.program, where)
+                    unread = reads.unread(sources, cell, dims)
+                    yield finding if unread.all() else replace(finding, dims=tuple(np.flatnonzero(unread).tolist()))
             seen[cells] = False
 
     def wrong(self, scope: Scope, reads: Reads) -> Iterator[AccessFinding]:

@@ -47,6 +47,14 @@ class Reads:
             seen[where[kind == one]] |= self.sets[one]
         return cells[(seen | ~dims).all(axis=1)]
 
+    def unread(self, programs: Iterable[int], cell: int, dims: Flags) -> Flags:
+        """The `dims` [num_dims] of one cell that none of `programs` read: [num_dims]"""
+        left = dims.copy()
+        for part in map(self.of, programs):
+            for kind in np.unique(self.dims[part][self.cell[part] == cell]).tolist():
+                left &= ~self.sets[kind]
+        return left
+
 
 def resolve(loads: Sequence[Load], grid: Grid) -> Reads:
     """`loads`, in order, as cells and dims of `grid`."""

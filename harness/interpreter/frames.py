@@ -1,30 +1,44 @@
-"""Which line of a kernel is running. Invariant: a frame found here belongs neither to Triton nor to this package."""
+"""Which lines of a kernel are running. Invariant: a frame found here belongs neither to Triton nor to this package."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 from pathlib import Path
 from types import FrameType
 
-
-def _folder(package: str) -> str:
-    found = importlib.util.find_spec(package)
-    return str(Path(found.origin).parent) if found is not None and found.origin else ""
+LAUNCH = "_launch"  # the function of harness.interpreter.patches below which everything is a kernel
 
 
-_MACHINERY = (str(Path(__file__).parent), _folder("triton"))
-
-
-def kernel_frame() -> FrameType:
-    """The running frame of a kernel or device function: whoever called Triton's and our machinery."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_MACHINERY):
+def kernel_frames() -> tuple[FrameType, FrameType]:
+    """The running frame of a kernel or device function, and that of the kernel it was called from."""
+    frame: FrameType | None = sys._getframe(1)
+    inner = outer = None
+    while frame is not None:
+        if not _is_machinery(frame.f_code.co_filename):
+            inner, outer = inner or frame, frame
+        elif inner is not None and frame.f_code.co_name == LAUNCH:
+            break
         frame = frame.f_back
-    return frame
+    assert inner is not None
+    assert outer is not None
+    return inner, outer
 
 
 def kernel_line() -> str:
     """file:line of the running line of a kernel or device function."""
-    frame = kernel_frame()
+    frame, _ = kernel_frames()
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}"
+
+
+@functools.cache
+def _is_machinery(filename: str) -> bool:
+    return filename.startswith(_machinery())
+
+
+@functools.cache
+def _machinery() -> tuple[str, ...]:
+    triton = importlib.util.find_spec("triton")
+    found = [Path(__file__), *([Path(triton.origin)] if triton is not None and triton.origin else [])]
+    return tuple(str(path.parent) for path in found)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from harness.interpreter.errors import MemoryFault, OutOfBounds, ReadOnlyStore, Violation
-from harness.interpreter.frames import kernel_frame, kernel_line
+from harness.interpreter.frames import kernel_frames, kernel_line
 from harness.interpreter.memory import Addresses, Buffer, Regions, WriterMap, describe
 from harness.interpreter.trace import Mask, Origin, Pointers, Program, Trace
 
@@ -150,7 +150,7 @@ class Session:
     def _follow(self, trace: Trace, region: int, pointers: Pointers, mask: Mask | None, size: int) -> None:
         """Keep a load from one readable region: as it is of a watched buffer, as its writers of writable memory."""
         if names := self._watched.get(region):
-            trace.load(names, self._serial, pointers, mask, kernel_frame())
+            trace.load(names, self._serial, pointers, mask, kernel_frames())
             return
         start = self._readable.starts[region]
         writable = self._writable.containing(start, start, 1)

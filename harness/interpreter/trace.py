@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from types import CodeType
-from typing import Any
+from pathlib import Path
+from types import CodeType, FrameType
 
 import numpy as np
 import numpy.typing as npt
@@ -47,18 +47,30 @@ class Trace:
     watched: Collection[str]
     loads: dict[str, list[Load]] = field(default_factory=dict)  # by buffer, in the order they happened
     programs: list[Origin] = field(default_factory=list)  # that of program n at n - 1
-    lines: list[str] = field(default_factory=list)  # file:line
+    lines: list[str] = field(
+        default_factory=list
+    )  # file:line, and " from file:line" of the kernel where a device function loads
     sources: dict[int, set[int]] = field(default_factory=dict)  # program -> other programs whose stores it loaded
     unstored: set[int] = field(default_factory=set)  # programs that loaded writable memory which no program had stored
     atomics: bool = False  # whether anything was exchanged through atomics, which are not followed
     cut: bool = False  # whether the kernel ended at a fault, before all its programs had run
     stores: dict[str, npt.NDArray[np.int32]] = field(default_factory=dict)  # output -> program that stored each last
-    _line_ids: dict[tuple[CodeType, int], int] = field(default_factory=dict)
+    _line_ids: dict[tuple[CodeType, int, CodeType, int], int] = field(default_factory=dict)
 
-    def load(self, names: Collection[str], program: int, pointers: Pointers, mask: Mask | None, frame: Any) -> None:
-        """Keep one load from the buffers `names`, which overlap where there are several.  pointers: any shape"""
+    def load(
+        self,
+        names: Collection[str],
+        program: int,
+        pointers: Pointers,
+        mask: Mask | None,
+        frames: tuple[FrameType, FrameType],
+    ) -> None:
+        """Keep one load from the buffers `names`, which overlap where there are several.
+
+        pointers, mask: one shape. frames: of the load and of the kernel.
+        """
         rows, cols = lanes(pointers, mask)
-        kept = Load(program, self._line(frame), rows, cols)
+        kept = Load(program, self._line(*frames), rows, cols)
         for name in names:
             self.loads.setdefault(name, []).append(kept)
 
@@ -70,13 +82,13 @@ class Trace:
             self.unstored.add(program)
         self.sources.setdefault(program, set()).update(numbers - {0, program})
 
-    def _line(self, frame: Any) -> int:
-        key = (frame.f_code, frame.f_lineno)
+    def _line(self, inner: FrameType, outer: FrameType) -> int:
+        key = (inner.f_code, inner.f_lineno, outer.f_code, outer.f_lineno)
         known = self._line_ids.get(key)
         if known is None:
             known = self._line_ids[key] = len(self.lines)
-            name = str(frame.f_code.co_filename).replace("\\", "/").rpartition("/")[2]
-            self.lines.append(f"{name}:{frame.f_lineno}")
+            lines = [f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}" for frame in (inner, outer)]
+            self.lines.append(lines[0] if inner is outer else " from ".join(lines))
         return known
 
 

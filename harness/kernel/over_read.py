@@ -14,6 +14,9 @@ OVER_READABLE = {
 }
 
 
+MAX_AMOUNT = 512  # as much as lies behind every strided view (harness.kernel.guarded.MARGIN)
+
+
 @dataclass(frozen=True)
 class OverRead:
     """The kernel may read up to `amount` (units: OVER_READABLE) of `buffer` too many, `because`."""
@@ -23,6 +26,8 @@ class OverRead:
     because: str
 
     def __post_init__(self) -> None:
-        if self.buffer not in OVER_READABLE or self.amount < 1 or not self.because:
+        if self.buffer not in OVER_READABLE or not 1 <= self.amount <= MAX_AMOUNT or not self.because:
             known = ", ".join(OVER_READABLE)
-            raise ValueError(f"an over-read needs a buffer ({known}), an amount of at least 1 and a reason: {self}")
+            raise ValueError(
+                f"an over-read needs a buffer ({known}), an amount in 1..{MAX_AMOUNT} and a reason: {self}"
+            )

@@ -66,6 +66,7 @@ class AccessFinding:
     kernel: str
     program: tuple[int, int, int] | None
     where: str  # file:line of the load, or of a load of the same buffer by this program where one is missing
+    dims: tuple[int, ...] = ()  # of the first position, where it is about some of its dims only
     others: int = 0  # further (program, sequence, kv head) with this finding at this line
 
 

@@ -31,7 +31,9 @@ REASON_LABELS: dict[Outcome, str] = {
     Outcome.ERROR: "harness",
 }
 
-FIRST_ROWS = ("before launch", "violates", "wrong", "how much", "lse", "of these", "not", "token/page", "looks like")
+FIRST_ROWS = (
+    "before launch", "violates", "accesses", "wrong", "how much", "lse", "of these", "not", "token/page", "looks like",
+)  # fmt: skip
 LAST_ROWS = ("seen",)
 SHADES = ".-+*#"  # none, up to a third, up to two thirds, more, all
 
@@ -42,7 +44,7 @@ def failure_lines(record: Record, width: int = WIDTH) -> list[Line]:
     rows: Mapping[str, Sequence[str]] = explanation.get("rows") or {_reason_label(record.outcome): [record.reason]}
     lines = [*_title(record, width), *_ran(record, width)]
     for label in _ordered(rows):
-        emphasis = "bold" if label in FIRST_ROWS[:3] else ""
+        emphasis = "bold" if label in FIRST_ROWS[:4] else ""
         lines += labelled(label, rows[label], width, emphasis)
     lines += _heat(explanation.get("heat") or [])
     lines += [line(INDENT, Span(text, "dim")) for text in explanation.get("traceback") or []]
