@@ -71,7 +71,7 @@ def build_arguments(problem: Problem, contract: Contract, plant: Plant = NO_PLAN
 
 
 def with_room(cache: KVCache, entries: int) -> torch.Tensor:
-    """The page table with `entries` more behind its last row, which name an unused page: [num_seqs, max_pages] int32."""
+    """The page table, [num_seqs, max_pages] int32, with `entries` behind its last row that name an unused page."""
     table = cache.block_table
     if not entries:
         return table

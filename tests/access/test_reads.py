@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.access.grid import GAP, Grid, cache_grid
@@ -58,6 +58,7 @@ TILES = {  # addresses of [keys, dims] of a cache [keys, heads, dims], as kernel
 
 
 @pytest.mark.parametrize("tile", TILES)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_a_load_is_resolved_to_the_very_elements_it_had(tile: str, data: st.DataObject) -> None:
     cache = torch.zeros(6, 2, 8)
