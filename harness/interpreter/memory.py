@@ -6,6 +6,7 @@ regions of a list are disjoint and ascending, so that one sorted search places a
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -52,6 +53,22 @@ class Buffer:
                 found[axis], rest = divmod(rest, self.strides[axis])
         inside = all(i < n for i, n in zip(found, self.shape, strict=True))
         return tuple(found) if inside and not rest and not off else None
+
+    @property
+    def has_gaps(self) -> bool:
+        return (self.end - self.start) // self.itemsize > math.prod(self.shape) > 0
+
+    def holds(self, addresses: Addresses) -> npt.NDArray[np.bool_]:
+        """Whether each address is that of an element, and not between elements.  addresses: [n]; [n]"""
+        byte = addresses.astype(np.int64) - self.start
+        rest = byte // self.itemsize
+        inside = rest * self.itemsize == byte
+        for stride, size in sorted(zip(self.strides, self.shape, strict=True), reverse=True):
+            if size > 1 and stride:
+                at = rest // stride
+                rest -= at * stride
+                inside &= at < size
+        return np.asarray(inside & (rest == 0), dtype=bool)
 
     def distance(self, start: int, size: int) -> int:
         """Bytes between this buffer and the far end of the access; 0 where the access lies inside."""

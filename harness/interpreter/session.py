@@ -62,6 +62,7 @@ class Session:
         self.cross_launch_overwrites = 0  # elements stored that an earlier launch had stored
         self.program_order_seed = program_order_seed
         self._given = [Buffer.of(n, t, outputs is None or n in outputs, room.get(n, 0)) for n, t in given.items()]
+        self._with_gaps = [buffer for buffer in self._given if buffer.writable and buffer.has_gaps]
         self._trace = trace
         self._watched: dict[int, list[str]] = {}  # readable region -> watched buffers in it
         self._fed: list[_WritableLoad] = []  # of the running launch
@@ -174,6 +175,10 @@ class Session:
 
     def _count_stores(self, index: int, addresses: Addresses, size: int) -> None:
         start, end, unit = self._writable.starts[index], self._writable.ends[index], self._writable.units[index]
+        for buffer in self._with_gaps:
+            if start == buffer.start and end == buffer.end and not (held := buffer.holds(addresses)).all():
+                place = describe(self._buffers, int(addresses[held.argmin()]), size)
+                self.record("stray_store", f"stored {int((~held).sum())} elements outside its rows, first {place}")
         counts = self._writers.store(start, end, unit, addresses, size, self._serial, self._launch_serial)
         self.cross_launch_overwrites += counts.by_earlier_launch
         if counts.by_other_program:

@@ -296,6 +296,15 @@ def test_a_fault_that_ends_the_kernel_keeps_what_was_traced(tmp_path: Path) -> N
     assert not any(line.startswith("never stored") for line in told(verdict))
 
 
+def test_reads_of_a_copy_that_torch_made_are_not_called_missing(tmp_path: Path) -> None:
+    contract = faulty(
+        "paged_decode", tmp_path, "args.q, args.out, args.k_cache, ", "args.q, args.out, args.k_cache.clone(), "
+    )
+    verdict = run(contract, DECODE)
+    assert verdict.outcome is Outcome.PASS
+    assert verdict.access == "traced, but for missing reads of 6 programs fed from outside"
+
+
 @pytest.mark.parametrize(("buffer", "amount", "because"), [("q", 1, "x"), ("v_cache", 0, "x"), ("k_cache", 1, "")])
 def test_an_over_read_that_is_no_declaration_is_refused(buffer: str, amount: int, because: str) -> None:
     with pytest.raises(ValueError, match="an over-read needs a buffer"):

@@ -199,6 +199,18 @@ def test_atomics_are_checked_and_no_double_store() -> None:
     assert pool.tolist() == [5] + [0] * 7
 
 
+def test_a_store_between_the_rows_of_an_output_is_recorded() -> None:
+    view = torch.zeros(4, 16)[:, :8]
+    with strict_interpreter({"dst": view}) as session:
+        for row in range(3):
+            copy_kernel[(1,)](torch.ones(64), view[row], 8, 0, BLOCK=8)
+        assert session.violations == []
+        copy_kernel[(1,)](torch.ones(64), view[1], 11, 0, BLOCK=16)
+    (violation,) = session.violations
+    assert violation.kind == "stray_store"
+    assert violation.message == "stored 3 elements outside its rows, first at byte 96 of 'dst'"
+
+
 def test_a_trace_keeps_the_unmasked_lanes_of_loads_and_who_stored_what() -> None:
     src, dst, trace = torch.ones(16), torch.zeros(24), Trace(["src"])
     with strict_interpreter({"src": src, "dst": dst}, outputs={"dst"}, trace=trace) as session:
