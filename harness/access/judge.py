@@ -47,7 +47,10 @@ def judge_accesses(
         return AccessFindings("not traced: no Triton program ran")
     judge = _Judge(case, trace)
     found = [] if trace.cut else list(judge.never_stored(unwritten))
-    for scope in scopes(case, contract, cache, args):
+    known = scopes(case, contract, cache, args)
+    if unknown := sorted(trace.loads.keys() - {scope.buffer for scope in known}):
+        return AccessFindings(f"not judged: {', '.join(unknown)} not as built", similar(found))
+    for scope in known:
         reads = resolve(trace.loads.get(scope.buffer, ()), scope.grid)
         found += [*judge.missing(scope, reads), *judge.wrong(scope, reads)]
     return AccessFindings(judge.state, similar(found))

@@ -6,8 +6,8 @@ sequence, or pages of it where a buffer has one entry per page.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +21,7 @@ from harness.kernel.contract import Contract
 from harness.problem.masks import visible_range
 
 Pair = tuple[int, int]  # sequence, KV head
+_NOWHERE = -(1 << 40)  # row of a position that has none
 
 
 class Place(NamedTuple):
@@ -60,7 +61,7 @@ class Scope:
     grid: Grid
     may: tuple[tuple[int, int], ...]
     must: tuple[tuple[int, int], ...] | None  # of these the places that its rows see; None: nothing has to be read
-    tokens_per_place: int
+    tokens_per_place: int  # where something has to be read
     num_kv_heads: int  # 1 where KV heads share what is there
     base: tuple[Ints, ...]  # cell of KV head 0 at each place, by sequence
     paged: bool  # cells are (page, slot, head): see `places_per_page`
@@ -103,90 +104,104 @@ class Scope:
 
 
 def scopes(case: Case, contract: Contract, cache: KVCache, args: LaunchArguments) -> list[Scope]:
-    """The scopes of all buffers whose elements do not overlap, in the order in which they are told."""
-    rows, page_size = Rows.of(case), case.page_size
-    lens = list(zip(case.rows.query_lens, case.rows.context_lens, strict=True))
-    cached = [contract.content.cached_len(q, c) for q, c in lens]
-    pages = [-(-n // page_size) for n in cached]
-    alive = [0] * len(lens)  # first position that is not dead
-    if contract.window_pages == "dead":
-        oldest = [rows.first[rows.sequence == seq] for seq in range(len(lens))]
-        alive = [
-            min(int(first.min()) if len(first) else 0, n) // page_size * page_size
-            for first, n in zip(oldest, cached, strict=True)
-        ]
-    found = [_table(case, contract, args, pages)]
-    for name, tensor in (("k_cache", args.k_cache), ("v_cache", args.v_cache)):
-        grid = cache_grid(tensor, args.layout, name[0])
-        room = contract.over_read(name)
-        base = [_slots(case, cache, args, seq, cached[seq] + room) for seq in range(len(lens))]
-        may = tuple((first, min(n + room, len(b))) for first, n, b in zip(alive, cached, base, strict=True))
-        must = tuple((0, n) for n in cached)
-        found.append(_scope(name, grid, may, must, 1, case.num_kv_heads, base, paged=True, places_per_page=page_size))
-    if args.kv_block_descale is not None:
-        heads = case.num_kv_heads
-        grid = Grid.of(args.kv_block_descale, (heads, 1, 0), (0, 0, 1))
-        base = [np.array(owned, dtype=np.int64) * heads for owned in cache.pages]
-        may = tuple((first // page_size, n) for first, n in zip(alive, pages, strict=True))
-        must = tuple((0, n) for n in pages)
-        found.append(_scope("kv_block_descale", grid, may, must, page_size, heads, base, paged=True))
-    starts = list(accumulate(case.rows.query_lens, initial=0))
-    for name, new in (("k", args.k), ("v", args.v)):
-        if new is None:
+    """The scopes of all buffers that have the shape they were built with and whose elements do not overlap."""
+    built = {
+        "block_table": cache.block_table,
+        "k_cache": cache.k,
+        "v_cache": cache.v,
+        "kv_block_descale": cache.kv_block_descale,
+        "k": cache.new_k,
+        "v": cache.new_v,
+    }
+    given = {name: getattr(args, name) for name in built}
+    lengths = _Lengths.of(case, contract)
+    found = []
+    for name, tensor in given.items():
+        if tensor is None or (as_built := built[name]) is None or tensor.shape != as_built.shape:
             continue
-        grid = Grid.of(new, (case.num_kv_heads, 1, 0), (0, 0, 1))
-        ends = [max(q + c, 0) for q, c in lens]
-        base = [
-            _tokens(starts[seq], c, end) * case.num_kv_heads
-            for seq, ((_, c), end) in enumerate(zip(lens, ends, strict=True))
-        ]
-        may = tuple((max(n, c, 0), end) for n, (_, c), end in zip(cached, lens, ends, strict=True))
-        found.append(_scope(name, grid, may, may, 1, case.num_kv_heads, base, paged=False))
-    return [scope for scope in found if scope is not None]
+        if name == "block_table":
+            scope = _table(tensor, contract.over_read(name), lengths)
+        elif name in ("k_cache", "v_cache"):
+            scope = _slots(name, tensor, case, cache, contract.over_read(name), lengths)
+        elif name == "kv_block_descale":
+            scope = _descales(tensor, case, cache, lengths)
+        else:
+            scope = _new_tokens(name, tensor, case, lengths)
+        found += [scope] if scope is not None else []
+    return found
 
 
-def _scope(
-    name: str,
-    grid: Grid | None,
-    may: tuple[tuple[int, int], ...],
-    must: tuple[tuple[int, int], ...],
-    tokens_per_place: int,
-    num_kv_heads: int,
-    base: list[Ints],
-    *,
-    paged: bool,
-    places_per_page: int = 1,
-) -> Scope | None:
-    if grid is None:
-        return None
-    return Scope(name, grid, may, must, tokens_per_place, num_kv_heads, tuple(base), paged, places_per_page)
+@dataclass(frozen=True)
+class _Lengths:
+    """By sequence."""
+
+    cached: tuple[int, ...]  # leading tokens that the cache holds
+    pages: tuple[int, ...]  # that hold them
+    alive: tuple[int, ...]  # first position that is not dead, where its page begins
+
+    @classmethod
+    def of(cls, case: Case, contract: Contract) -> _Lengths:
+        lens = zip(case.rows.query_lens, case.rows.context_lens, strict=True)
+        cached = tuple(contract.content.cached_len(q, c) for q, c in lens)
+        pages = tuple(-(-n // case.page_size) for n in cached)
+        if contract.window_pages != "dead":
+            return cls(cached, pages, (0,) * len(cached))
+        rows = Rows.of(case)
+        oldest = (int(rows.first[rows.sequence == seq].min(initial=n)) for seq, n in enumerate(cached))
+        return cls(cached, pages, tuple(first // case.page_size * case.page_size for first in oldest))
 
 
-def _slots(case: Case, cache: KVCache, args: LaunchArguments, seq: int, end: int) -> Ints:
-    """Cell of KV head 0 at every slot of the pages of a sequence, and on to `end` on pages that its table row names."""
-    owned, page_size = list(cache.pages[seq]), case.page_size
-    for page in args.block_table[seq, len(owned) : -(-end // page_size)].tolist():
-        if not 0 <= page < cache.num_pages:
-            break
-        owned.append(page)
-    slots = np.array(owned, dtype=np.int64)[:, None] * page_size + np.arange(page_size)  # [pages, page_size]
-    return slots.reshape(-1) * case.num_kv_heads
-
-
-def _tokens(start: int, context_len: int, end: int) -> Ints:
-    """Row in k and v of every position below `end` of the sequence whose rows begin at `start`; none before them."""
-    position = np.arange(end)
-    return np.where(position >= context_len, start + position - context_len, np.iinfo(np.int64).min >> 32)
-
-
-def _table(case: Case, contract: Contract, args: LaunchArguments, pages: list[int]) -> Scope | None:
+def _table(table: torch.Tensor, room: int, lengths: _Lengths) -> Scope | None:
     """Entries of the page table. Cells go on behind the end of a row, so that an over-read is one, wherever it ends."""
-    row, entry = args.block_table.stride()
+    row, entry = table.stride()
     if entry != 1:
         return None
-    room = contract.over_read("block_table")
-    grid = Grid.linear(args.block_table, room)
-    width = args.block_table.shape[1] if len(pages) == 1 else row
-    base = tuple(np.arange(seq * width, min((seq + 2) * width + room, grid.num_cells)) for seq in range(len(pages)))
-    may = tuple((0, min(n + room, len(cells))) for n, cells in zip(pages, base, strict=True))
-    return Scope("block_table", grid, may, None, case.page_size, 1, base, paged=True)
+    grid = Grid.linear(table, room)
+    width, num_seqs = table.shape[1] if len(table) == 1 else row, len(lengths.pages)
+    base = tuple(np.arange(seq * width, min((seq + 2) * width + room, grid.num_cells)) for seq in range(num_seqs))
+    may = tuple((0, min(n + room, len(cells))) for n, cells in zip(lengths.pages, base, strict=True))
+    return Scope("block_table", grid, may, None, 1, 1, base, paged=True)
+
+
+def _slots(name: str, tensor: torch.Tensor, case: Case, cache: KVCache, room: int, lengths: _Lengths) -> Scope | None:
+    """Slots of K or V; with `room`, on to that many behind the cached tokens, on pages that the table row names."""
+    grid = cache_grid(tensor, case.layout, name[0])
+    if grid is None:
+        return None
+    base = []
+    for seq, (owned, cached) in enumerate(zip(cache.pages, lengths.cached, strict=True)):
+        named = cache.block_table[seq, len(owned) : -(-(cached + room) // case.page_size)].tolist()
+        known = itertools.takewhile(lambda page: 0 <= page < cache.num_pages, named)
+        pages = np.array([*owned, *known], dtype=np.int64)[:, None]
+        slots = pages * case.page_size + np.arange(case.page_size)  # [pages, page_size]
+        base.append(slots.reshape(-1) * case.num_kv_heads)
+    ends = zip(lengths.alive, lengths.cached, base, strict=True)
+    may = tuple((first, min(n + room, len(cells))) for first, n, cells in ends)
+    must = tuple((0, n) for n in lengths.cached)
+    return Scope(name, grid, may, must, 1, case.num_kv_heads, tuple(base), True, case.page_size)
+
+
+def _descales(tensor: torch.Tensor, case: Case, cache: KVCache, lengths: _Lengths) -> Scope | None:
+    grid = Grid.of(tensor, (case.num_kv_heads, 1, 0), (0, 0, 1))
+    if grid is None:
+        return None
+    base = tuple(np.array(owned, dtype=np.int64) * case.num_kv_heads for owned in cache.pages)
+    may = tuple((first // case.page_size, n) for first, n in zip(lengths.alive, lengths.pages, strict=True))
+    must = tuple((0, n) for n in lengths.pages)
+    return Scope("kv_block_descale", grid, may, must, case.page_size, case.num_kv_heads, base, paged=True)
+
+
+def _new_tokens(name: str, tensor: torch.Tensor, case: Case, lengths: _Lengths) -> Scope | None:
+    """Rows of k or v by position of their sequence; positions that have no row stand for no cell."""
+    grid = Grid.of(tensor, (case.num_kv_heads, 1, 0), (0, 0, 1))
+    if grid is None:
+        return None
+    base, may, start = [], [], 0
+    lens = zip(case.rows.query_lens, case.rows.context_lens, lengths.cached, strict=True)
+    for query_len, context_len, cached in lens:
+        position = np.arange(max(query_len + context_len, 0))
+        row = np.where(position >= context_len, start + position - context_len, _NOWHERE)
+        base.append(row * case.num_kv_heads)
+        may.append((max(cached, context_len, 0), len(position)))
+        start += query_len
+    return Scope(name, grid, tuple(may), tuple(may), 1, case.num_kv_heads, tuple(base), paged=False)

@@ -14,6 +14,7 @@ from harness.case import Case
 from harness.kernel.guarded import MARGIN
 from harness.kernel.over_read import MAX_AMOUNT, OverRead
 from harness.run.outcome import Outcome
+from harness.run.plant import NO_PLANT
 from tests.access.faulty import KERNELS, case, faulty, run, told
 
 DECODE = case("paged_decode", (1, 1, 1), (40, 63, 15))
@@ -303,6 +304,15 @@ def test_reads_of_a_copy_that_torch_made_are_not_called_missing(tmp_path: Path) 
     verdict = run(contract, DECODE)
     assert verdict.outcome is Outcome.PASS
     assert verdict.access == "traced, but for missing reads of 6 programs fed from outside"
+
+
+def test_buffers_that_are_not_as_they_were_built_are_not_judged() -> None:
+    plant = replace(NO_PLANT, arguments=lambda args: replace(args, v_cache=args.v_cache[..., :16]))
+    one = case("paged_decode", (1, 1), (20, 40), head_size_v=16)
+    assert run(KERNELS["paged_decode"], one, plant=plant).access == "traced"
+    wide = case("paged_decode", (1, 1), (20, 40))
+    verdict = run(KERNELS["paged_decode"], wide, plant=plant, contract_checks=False)
+    assert verdict.access == "not judged: v_cache not as built"
 
 
 @pytest.mark.parametrize(("buffer", "amount", "because"), [("q", 1, "x"), ("v_cache", 0, "x"), ("k_cache", 1, "")])
