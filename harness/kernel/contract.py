@@ -64,6 +64,8 @@ class Contract:
         unknown = self.features - FEATURES.keys()
         if unknown:
             raise ValueError(f"contract of {self.name}: unknown features {sorted(unknown)}; known: {sorted(FEATURES)}")
+        if self.window_pages not in ("live", "dead"):
+            raise ValueError(f"contract of {self.name}: window_pages is live or dead, got {self.window_pages!r}")
 
     def over_read(self, buffer: str) -> int:
         """How far the kernel may read behind what it needs of `buffer`, in the units of OVER_READABLE."""

@@ -319,3 +319,8 @@ def test_buffers_that_are_not_as_they_were_built_are_not_judged() -> None:
 def test_an_over_read_that_is_no_declaration_is_refused(buffer: str, amount: int, because: str) -> None:
     with pytest.raises(ValueError, match="an over-read needs a buffer"):
         OverRead(buffer, amount, because)
+
+
+def test_window_pages_are_live_or_dead() -> None:
+    with pytest.raises(ValueError, match="window_pages is live or dead, got 'gone'"):
+        replace(KERNELS["paged_decode"], window_pages="gone")
