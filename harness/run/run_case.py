@@ -32,12 +32,12 @@ from harness.run.judge_gains import with_gains
 from harness.run.observe import NO_DEMAND, Demand, choose_law, explain_unseen, observe_setup
 from harness.run.outcome import Outcome, Verdict
 from harness.run.plant import NO_PLANT, Plant
-from harness.run.reference import build_reference
+from harness.run.reference import attend_as, reference_inputs
 from harness.run.setup import Setup, build_arguments, check_setup
 from harness.run.twin import with_noise_floor
 from harness.triage.bar_codes import decode_bar_codes
 from harness.triage.explain import explain_mismatch, explain_setup_bug, with_row
-from references.attention import AttentionReference
+from references.attention import AttentionInputs, AttentionReference
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,8 @@ def _launched(contract: Contract, setup: Setup, options: Options, watch: Stopwat
         with watch.phase("import"):
             launcher = load_entry(contract)
         with watch.phase("reference"):  # before the launch: a kernel that changes its inputs must not move it
-            reference = build_reference(setup.problem, setup.cache, contract)
+            inputs = reference_inputs(setup.problem, setup.cache, contract)
+            reference = attend_as(inputs, setup.problem, contract)
             structured = setup.problem.structured
             allowed = tolerance(reference, contract.numerics, case.dtype, case.head_size, structured=structured)
         if options.contract_checks and options.demand.must_see:
@@ -165,7 +166,7 @@ def _launched(contract: Contract, setup: Setup, options: Options, watch: Stopwat
         with watch.phase("access"):
             access = judge_launch(contract, setup, result, asked=options.access_trace)
         with watch.phase("judge"):
-            verdict = _verdict(contract, setup, reference, allowed, result, access)
+            verdict = _verdict(contract, setup, inputs, reference, allowed, result, access)
         if options.noise_floor == "off" or verdict.outcome is not Outcome.PASS:
             return verdict
         with watch.phase("twin"):
@@ -180,6 +181,7 @@ def _launched(contract: Contract, setup: Setup, options: Options, watch: Stopwat
 def _verdict(
     contract: Contract,
     setup: Setup,
+    inputs: AttentionInputs,
     reference: AttentionReference,
     allowed: Tolerance,
     result: LaunchResult,
@@ -196,7 +198,7 @@ def _verdict(
         violations=result.violations,
         exact=case.data in NEEDLES,
     )
-    findings = with_gains(replace(findings, access=access), contract, setup)
+    findings = with_gains(replace(findings, access=access), contract, setup, inputs)
     tensors = {t.name: t.err_over_tol for t in findings.tensors}
     verdict = Verdict(
         Outcome.PASS,
