@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,16 +28,21 @@ from harness.kernel.reaching import ReachingOutput
 from harness.kernel.registry import Launcher
 from harness.kernel.torch_state import kept_torch_state
 
+if TYPE_CHECKING:
+    from harness.interpreter.trace import Trace  # needs numpy, which comes with triton
+
 _INPUTS = (
     "q", "k", "v", "k_cache", "v_cache", "block_table", "query_start_loc", "seq_lens",
     "k_scale", "v_scale", "kv_block_descale", "alibi_slopes", "sinks",
 )  # fmt: skip
+_TRACED = ("k_cache", "v_cache", "k", "v", "kv_block_descale", "block_table")
 
 
 @dataclass(frozen=True)
 class LaunchResult:
     ran: tuple[str, ...]  # device kernels in order of first launch; the kernel's own name where none can be observed
     violations: tuple[str, ...]
+    trace: Trace | None = None  # None where nothing was traced: not asked for, compiled, no Triton
 
 
 def launch(
@@ -49,8 +54,11 @@ def launch(
     *,
     program_order_seed: int = 0,
     pools: Mapping[str, Pool] = MappingProxyType({}),
+    trace_accesses: bool = False,
 ) -> LaunchResult:
     """Run `launcher` on `args` (compiled on a GPU, under the strict interpreter on a CPU) and observe it.
+
+    trace_accesses: keep what interpreted programs load of K, V, descales and page table, and who stored the outputs.
 
     `pools` by argument name: those whose addresses reach further than their tensor. All of such a pool may be read: a
     wrong address then reads a decoy, on a CPU as on a GPU, instead of ending the kernel.
@@ -61,13 +69,16 @@ def launch(
     inputs = input_tensors(args)
     before = {name: _fingerprint(tensor, pools.get(name)) for name, tensor in inputs.items()}
     violations: list[str] = []
+    trace = None
     with kept_torch_state(args.q.device) as changed:
         if "triton" not in sys.modules:  # loading the kernel imports it where it is used at all
             _call(launcher, args)
             ran: tuple[str, ...] = ()
         elif args.q.device.type == "cpu":
             around = {f"surroundings of {name}": pool.bytes for name, pool in pools.items()}
-            ran, broken = _interpreted(launcher, args, {**inputs, **around}, outputs, program_order_seed)
+            room = {"block_table": contract.over_read("block_table")}  # of K and V it lies inside the cache
+            trace = _new_trace() if trace_accesses else None
+            ran, broken = _interpreted(launcher, args, {**inputs, **around}, outputs, program_order_seed, room, trace)
             violations += broken
         else:
             with observed_triton_launches() as names:
@@ -84,7 +95,7 @@ def launch(
     ]
     violations += [overrun for output in outputs if (overrun := output.overrun())]
     unobservable = not ran and not contract.launches
-    return LaunchResult((contract.name,) if unobservable else ran, tuple(violations))
+    return LaunchResult((contract.name,) if unobservable else ran, tuple(violations), trace)
 
 
 def input_tensors(args: LaunchArguments) -> dict[str, torch.Tensor]:
@@ -114,6 +125,8 @@ def _interpreted(
     inputs: Mapping[str, torch.Tensor],
     outputs: tuple[GuardedOutput, ...],
     seed: int,
+    room: Mapping[str, int],
+    trace: Trace | None,
 ) -> tuple[tuple[str, ...], list[str]]:
     from harness.interpreter.strict import strict_interpreter  # needs numpy, which comes with triton
 
@@ -121,13 +134,28 @@ def _interpreted(
     for output in outputs:
         if isinstance(output, ReachingOutput):
             written[f"surroundings of {output.name}"] = output.surroundings
-    interpreter = strict_interpreter({**inputs, **written}, outputs=set(written), program_order_seed=seed)
-    with interpreter as session, suppress(MemoryFault):  # recorded by the session; the kernel ends there
-        _call(launcher, args)
+    interpreter = strict_interpreter(
+        {**inputs, **written}, outputs=set(written), program_order_seed=seed, room=room, trace=trace
+    )
+    cut = False
+    with interpreter as session:
+        try:
+            _call(launcher, args)
+        except MemoryFault:  # recorded by the session; the kernel ends there
+            cut = True
+    if trace is not None:
+        trace.cut = cut
+        trace.stores = {name: session.writers(name) for name in (output.name for output in outputs)}
     broken = [str(violation) for violation in session.violations]
     if session.cross_launch_overwrites:
         broken.append(f"{session.cross_launch_overwrites} elements were stored by one launch and again by a later one")
     return tuple(dict.fromkeys(launch.kernel for launch in session.launches)), broken
+
+
+def _new_trace() -> Trace:
+    from harness.interpreter.trace import Trace
+
+    return Trace(_TRACED)
 
 
 def _which_ran(contract: Contract, case: Case, ran: tuple[str, ...]) -> list[str]:

@@ -40,6 +40,7 @@ class Verdict:
     seconds: dict[str, float] | None = None  # by phase: problem, cache, reference, launch, judge
     seeds: dict[str, int] | None = None
     explanation: dict[str, Any] | None = None
+    access: str = ""  # "traced", or what of the access oracle does not apply, and why; "" where nothing was launched
     law: str = ""  # the data law that was taken, where the case left the choice open
     memory: dict[str, Any] | None = None  # of the KV cache: pool (dense, aliased), bytes of addresses and of memory
     tighter_err_over_tol: float | None = None  # of out, were P rounded one step more finely; ordinary data only

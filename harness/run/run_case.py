@@ -29,6 +29,7 @@ from harness.kernel.contract import Contract
 from harness.kernel.failures import memory_shortage
 from harness.kernel.launch import LaunchResult, launch
 from harness.kernel.registry import code_home, load_entry
+from harness.oracle.findings import AccessFindings
 from harness.oracle.finer import finer_tolerance
 from harness.oracle.judge import judge
 from harness.oracle.observability import blind_to
@@ -36,6 +37,7 @@ from harness.oracle.tolerance import Tolerance, tolerance
 from harness.problem.admission import AUTO, NEEDLES
 from harness.problem.problem import build_problem
 from harness.run.addresses import memory_of, tell_addresses, unseen_addresses
+from harness.run.judge_access import judge_launch
 from harness.run.judge_gains import with_gains
 from harness.run.observe import NO_DEMAND, Demand, choose_law, explain_unseen, observe_setup
 from harness.run.outcome import Outcome, Verdict
@@ -61,6 +63,7 @@ class Options:
     data_seed: int | None = None  # overrides the seeds of the case
     geometry_seed: int | None = None
     demand: Demand = NO_DEMAND  # what the matrix demands to be seen
+    access_trace: bool = True  # of interpreted kernels; compiled ones cannot be traced
     noise_floor: str = "off"  # off | report | fail: whether errors are compared with those of a case's twin
 
 
@@ -189,9 +192,12 @@ def _launched(contract: Contract, setup: Setup, options: Options, watch: Stopwat
                 setup.outputs,
                 program_order_seed=case.geometry_seed,
                 pools=setup.cache.pools_by_argument,
+                trace_accesses=options.access_trace,
             )
+        with watch.phase("access"):
+            access = judge_launch(contract, setup, result, asked=options.access_trace)
         with watch.phase("judge"):
-            verdict = _verdict(contract, setup, inputs, reference, allowed, result)
+            verdict = _verdict(contract, setup, inputs, reference, allowed, result, access)
         if options.noise_floor == "off" or verdict.outcome is not Outcome.PASS:
             return verdict
         with watch.phase("twin"):
@@ -211,6 +217,7 @@ def _verdict(
     reference: AttentionReference,
     allowed: Tolerance,
     result: LaunchResult,
+    access: AccessFindings,
 ) -> Verdict:
     case = setup.problem.case
     out, lse = setup.outputs[0], setup.outputs[1] if contract.returns_lse else None
@@ -223,7 +230,7 @@ def _verdict(
         violations=result.violations,
         exact=case.data in NEEDLES,
     )
-    findings = with_gains(findings, contract, setup, inputs)
+    findings = with_gains(replace(findings, access=access), contract, setup, inputs)
     tensors = {t.name: t.err_over_tol for t in findings.tensors}
     verdict = Verdict(
         Outcome.PASS,
@@ -232,6 +239,7 @@ def _verdict(
         err_over_tol=tensors["out"],
         lse_err_over_tol=tensors.get("lse"),
         z=findings.gains.z if findings.gains.num_statistics else None,
+        access=access.state,
     )
     if findings.clean:
         return replace(verdict, tighter_err_over_tol=_tighter(contract, setup, reference))

@@ -47,6 +47,7 @@ class Record:
     explanation: dict[str, Any] | None = None  # harness.triage
     worker: str = ""
     case: dict[str, Any] = field(default_factory=dict)  # axis values
+    access: str = ""  # as in harness.run.outcome
     law: str = ""  # the data law that was taken for `data: auto`
     memory: dict[str, Any] | None = None  # of the KV cache, as in harness.run.outcome
 
@@ -85,6 +86,7 @@ class Record:
             explanation=None if verdict.explanation is None else plain_dict(verdict.explanation),
             worker=worker,
             case=plain_dict(asdict(case)),
+            access=verdict.access,
             law=verdict.law,
             memory=verdict.memory,
         )
