@@ -22,11 +22,12 @@ from harness.kernel.contract import Contract
 from harness.matrix.axes import case_id
 from harness.matrix.loading import load
 from harness.oracle.matched_filter import least_gains
+from harness.problem.admission import AUTO
 from harness.problem.problem import build_problem
 from harness.run.judge_gains import page_filter
-from harness.run.observe import Demand, advise, cheapest_laws, choose_law, observe_case
+from harness.run.observe import Demand, advise, cheapest_laws, choose_law, observe_setup
 from harness.run.reference import reference_inputs
-from harness.run.setup import build_arguments
+from harness.run.setup import Setup, build_arguments
 from harness.store.plain import plain_dict
 
 
@@ -86,38 +87,37 @@ def audit_case(job: Job) -> AuditRow:
     """What the case of `job` shows of its demand. A case that cannot be built sees nothing, and says why."""
     case, contract, demand = job.case, job.contract, job.demand
     try:
-        if case.data == "auto":
-            found = choose_law(case, contract, demand, job.device).taken
-        else:
-            found = observe_case(case, contract, demand, job.device)
+        if case.data == AUTO:
+            case = choose_law(case, contract, demand, job.device).taken.case
+        setup = build_arguments(build_problem(case, job.device), contract)
+        found = observe_setup(setup, contract, demand)
     except (LawError, PlacementError) as error:
         nothing = dict.fromkeys(demand.must_see, 0.0)
         margins: dict[str, float | None] = {**nothing}
         return AuditRow(case.matrix, case_id(case), case.data, demand.margin, margins, nothing, {}, (str(error),))
+    least = least_descale_error(setup, contract)
+    del setup
     laws = cheapest_laws(found, contract, demand, job.device)
     return AuditRow(
         matrix=case.matrix,
-        id=case_id(case),
-        law=found.case.data,
+        id=case_id(job.case),
+        law=case.data,
         margin=demand.margin,
         margins={effect.fault: effect.size for effect in found.effects},
         unseen={effect.fault: effect.size or 0.0 for effect in found.unseen},
         laws=laws,
         facts=found.facts,
         advice=advise(found, laws),
-        least_descale_error=least_descale_error(found.case, contract, job.device),
+        least_descale_error=least,
     )
 
 
-def least_descale_error(case: Case, contract: Contract, device: str) -> dict[str, float] | None:
+def least_descale_error(setup: Setup, contract: Contract) -> dict[str, float] | None:
     """Smallest relative error of the K and V descale of one page that tier 2 sees, the median over pages.
 
     None where nothing is quantised, where tier 2 does not apply, and where it sees no page at all.
     """
-    if case.kv_dtype == "auto":
-        return None
-    setup = build_arguments(build_problem(case, device), contract)
-    if setup.problem.structured:
+    if setup.problem.case.kv_dtype == "auto" or setup.problem.structured:
         return None
     inputs = reference_inputs(setup.problem, setup.cache, contract)
     least = least_gains(inputs, page_filter(contract, setup))

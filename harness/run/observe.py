@@ -16,15 +16,21 @@ from harness.errors import LawError
 from harness.kernel.contract import Contract
 from harness.matrix.matrix import FAULTS
 from harness.oracle.faults import FAULT_MODELS
-from harness.oracle.observability import MARGIN, Effect, fixed_tolerance, observe
+from harness.oracle.observability import (
+    MARGIN,
+    Allowed,
+    Effect,
+    fixed_tolerance,
+    magnitudes,
+    observe,
+    sampled_tolerance,
+)
 from harness.oracle.scene import Batch
-from harness.oracle.tolerance import Tolerance, tolerance
 from harness.problem.admission import law_refusal
 from harness.problem.problem import build_problem
-from harness.run.reference import build_reference, reference_inputs
+from harness.run.reference import reference_inputs
 from harness.run.setup import Setup, build_arguments
 from harness.triage.explain import explain_blind
-from references.attention import AttentionReference
 
 LAWS = ("normal", "probe", "negative", "uniform", "outliers")  # what `data: auto` chooses from, the cheapest first
 
@@ -68,10 +74,11 @@ class LawChoice:
     missed: dict[str, tuple[str, ...]]
 
 
-def observe_setup(
-    setup: Setup, contract: Contract, reference: AttentionReference, allowed: Tolerance, demand: Demand
-) -> Observation:
-    """What `setup` shows of `demand`, by the tolerances `allowed` around `reference`."""
+def observe_setup(setup: Setup, contract: Contract, demand: Demand, allowed: Allowed | None = None) -> Observation:
+    """What `setup` shows of `demand`, by the tolerances `allowed`; by those that `demand` implies, unless given.
+
+    A reference is computed for the sampled rows and heads alone, if at all.
+    """
     problem, cache, case = setup.problem, setup.cache, setup.problem.case
     lens = zip(case.rows.query_lens, case.rows.context_lens, strict=True)
     batch = Batch(
@@ -81,10 +88,13 @@ def observe_setup(
         key_payload=cache.key_payload,
         value_payload=cache.value_payload,
     )
+    if allowed is None:
+        sampled = sampled_tolerance(contract.numerics, structured=problem.structured)
+        allowed = sampled if demand.legacy is None else fixed_tolerance(*demand.legacy)
     with_lse = contract.returns_lse and demand.legacy is None
     effects = observe(batch, contract.content, allowed, demand.must_see, with_lse=with_lse)
     unseen = demand.unseen(effects)
-    return Observation(case, effects, unseen, _facts(setup, reference, allowed, unseen) if unseen else ())
+    return Observation(case, effects, unseen, _facts(setup, batch, allowed, unseen) if unseen else ())
 
 
 def observe_case(case: Case, contract: Contract, demand: Demand, device: torch.device | str) -> Observation:
@@ -92,14 +102,7 @@ def observe_case(case: Case, contract: Contract, demand: Demand, device: torch.d
 
     Raises LawError or PlacementError where the case cannot be built.
     """
-    setup = build_arguments(build_problem(case, device), contract)
-    reference = build_reference(setup.problem, setup.cache, contract)
-    if demand.legacy is None:
-        structured = setup.problem.structured
-        allowed = tolerance(reference, contract.numerics, case.dtype, case.head_size, structured=structured)
-    else:
-        allowed = fixed_tolerance(reference.out, *demand.legacy)
-    return observe_setup(setup, contract, reference, allowed, demand)
+    return observe_setup(build_arguments(build_problem(case, device), contract), contract, demand)
 
 
 def choose_law(case: Case, contract: Contract, demand: Demand, device: torch.device | str) -> LawChoice:
@@ -165,13 +168,11 @@ def _named(effect: Effect) -> str:
     return f"{effect.fault} {effect.variant}".rstrip()
 
 
-def _facts(
-    setup: Setup, reference: AttentionReference, allowed: Tolerance, unseen: Sequence[Effect]
-) -> tuple[str, ...]:
+def _facts(setup: Setup, batch: Batch, allowed: Allowed, unseen: Sequence[Effect]) -> tuple[str, ...]:
     """Why faults are not seen, as far as the inputs tell."""
     facts = []
-    largest, granted = float(reference.out.abs().max()), float(allowed.out.median())
     if any(effect.fault == "output_zero" for effect in unseen):
+        largest, granted = magnitudes(batch, allowed)
         facts.append(f"outputs lie within +-{largest:.2g} while the tolerance is {granted:.2g}")
     case = setup.problem.case
     if case.kv_dtype != "auto" and all(bool((s == 1).all()) for s in (setup.cache.k_scale, setup.cache.v_scale)):

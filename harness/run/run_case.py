@@ -22,7 +22,7 @@ from harness.kernel.launch import LaunchResult, launch
 from harness.kernel.registry import load_entry
 from harness.oracle.finer import finer_tolerance
 from harness.oracle.judge import judge
-from harness.oracle.observability import blind_to
+from harness.oracle.observability import blind_to, known_tolerance
 from harness.oracle.tolerance import Tolerance, tolerance
 from harness.problem.admission import AUTO, NEEDLES
 from harness.problem.problem import build_problem
@@ -145,7 +145,7 @@ def _launched(contract: Contract, setup: Setup, options: Options, watch: Stopwat
             allowed = tolerance(reference, contract.numerics, case.dtype, case.head_size, structured=structured)
         if options.contract_checks and options.demand.must_see:
             with watch.phase("observe"):
-                seen = observe_setup(setup, contract, reference, allowed, options.demand)
+                seen = observe_setup(setup, contract, options.demand, known_tolerance(allowed))
             if seen.unseen:
                 explanation = explain_unseen(seen, contract, options.demand, watch.device)
                 return Verdict(Outcome.BLIND, explanation["summary"], explanation=explanation)
