@@ -10,7 +10,7 @@ import math
 import multiprocessing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from harness.run.observe import Demand, advise, cheapest_laws, choose_law, obser
 from harness.run.reference import reference_inputs
 from harness.run.setup import Setup, build_arguments
 from harness.store.plain import plain_dict
+from references.attention import AttentionInputs
 
 
 @dataclass(frozen=True)
@@ -115,11 +116,26 @@ def audit_case(job: Job) -> AuditRow:
 def least_descale_error(setup: Setup, contract: Contract) -> dict[str, float] | None:
     """Smallest relative error of the K and V descale of one page that tier 2 sees, the median over pages.
 
-    None where nothing is quantised, where tier 2 does not apply, and where it sees no page at all.
+    Of the first KV head, which stands for all. None where nothing is quantised, where tier 2 does not apply, and where
+    it sees no page at all.
     """
     if setup.problem.case.kv_dtype == "auto" or setup.problem.structured:
         return None
-    inputs = reference_inputs(setup.problem, setup.cache, contract)
+    inputs = _first_kv_head(reference_inputs(setup.problem, setup.cache, contract))
     least = least_gains(inputs, page_filter(contract, setup))
     found = {"K": least.least_k, "V": least.least_v}
     return found if all(math.isfinite(error) for error in found.values()) else None
+
+
+def _first_kv_head(inputs: AttentionInputs) -> AttentionInputs:
+    group = slice(inputs.q.shape[1] // inputs.k.shape[1])
+    return replace(
+        inputs,
+        q=inputs.q[:, group],
+        k=inputs.k[:, :1],
+        v=inputs.v[:, :1],
+        alibi_slopes=None if inputs.alibi_slopes is None else inputs.alibi_slopes[group],
+        sinks=None if inputs.sinks is None else inputs.sinks[group],
+        q_cached=None if inputs.q_cached is None else inputs.q_cached[:, group],
+        weight_scale=None if inputs.weight_scale is None else inputs.weight_scale[:, :1],
+    )
