@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from harness.errors import AttnregError
+from harness.errors import AttnregError, UsageError
 from harness.matrix import SHARED_ROWS
 from harness.matrix.axes import case_id
 from harness.session import SELECTED, SESSION, Session
@@ -42,9 +42,19 @@ def is_matrix(path: Path) -> bool:
 
 
 def matrix_files(paths: Iterable[Path]) -> Iterable[Path]:
-    """The files among `paths`, and the matrices in the folders among them, sorted."""
+    """The files among `paths`, and the matrices in the folders among them, sorted.
+
+    Raises UsageError for a path that leads nowhere, a file that is not YAML and a folder without a matrix.
+    """
     for path in paths:
-        yield from sorted(filter(is_matrix, path.rglob("*.y*ml"))) if path.is_dir() else (path,)
+        if not path.exists():
+            raise UsageError(f"{path}: no such file or folder")
+        found = sorted(filter(is_matrix, path.rglob("*.y*ml"))) if path.is_dir() else [path]
+        if path.is_dir() and not found:
+            raise UsageError(f"{path}: no matrix in this folder")
+        if path.name == SHARED_ROWS or (path.is_file() and path.suffix not in _YAML):
+            raise UsageError(f"{path}: not a matrix")
+        yield from found
 
 
 class CaseFailed(Exception):

@@ -30,6 +30,11 @@ CERTAIN = 2.0
 Allowed = Callable[[Scene], Tolerance]  # of a scene alone: out [rows, heads, head_size_v], lse [rows, heads]
 
 
+def wanted(fault: str, margin: float) -> float:
+    """The least effect by which `fault` counts as seen where a matrix demands `margin`."""
+    return min(margin, CERTAIN) if FAULT_MODELS[fault].graded else margin
+
+
 @dataclass(frozen=True)
 class Effect:
     """What a fault does to a case: `size` in units of the tolerance, None where the case cannot have the fault."""
@@ -41,8 +46,7 @@ class Effect:
 
     def seen(self, margin: float) -> bool:
         """Whether the case sees the fault by `margin`, or cannot have it."""
-        asked = min(margin, CERTAIN) if FAULT_MODELS[self.fault].graded else margin
-        return self.size is None or self.size >= asked
+        return self.size is None or self.size >= wanted(self.fault, margin)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import multiprocessing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ import torch
 from harness.case import Case
 from harness.errors import LawError, PlacementError
 from harness.kernel.contract import Contract
+from harness.kernel.registry import find_kernels
 from harness.matrix.axes import case_id
 from harness.matrix.loading import load
 from harness.oracle.matched_filter import least_gains
+from harness.oracle.observability import wanted
 from harness.problem.admission import AUTO
 from harness.problem.problem import build_problem
 from harness.run.judge_gains import page_filter
@@ -49,7 +52,7 @@ class AuditRow:
     matrix: str
     id: str
     law: str  # the data law; the one taken, for `auto`
-    margin: float  # what is demanded
+    wanted: dict[str, float]  # the least effect by which each fault counts as seen
     margins: dict[str, float | None]
     unseen: dict[str, float]
     laws: dict[str, str]  # the cheapest law that shows each fault that is not seen; faults no law shows are left out
@@ -75,18 +78,28 @@ def jobs(paths: Iterable[Path], kernels: Mapping[str, Contract], tier: str, devi
                 yield Job(case, kernels[case.kernel], demand, device)
 
 
-def audit(work: Sequence[Job], workers: int = 1) -> list[AuditRow]:
-    """The rows of `work`, in its order, by `workers` processes (on a GPU: one, as they would share it)."""
+def audit(work: Sequence[Job], folders: Sequence[Path] = (), workers: int = 1) -> list[AuditRow]:
+    """The rows of `work`, in its order, by `workers` processes (on a GPU: one, as they would share it).
+
+    `folders` hold kernels beside those in the tree: a contract is code, which every process finds for itself.
+    """
     if workers == 1:
         return [audit_case(job) for job in work]
     context = multiprocessing.get_context("spawn")
+    plain = [(job.case, job.demand, job.device) for job in work]
     with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        return list(pool.map(audit_case, work, chunksize=8))
+        return list(pool.map(partial(_audit_elsewhere, tuple(folders)), plain))
+
+
+def _audit_elsewhere(folders: tuple[Path, ...], asked: tuple[Case, Demand, str]) -> AuditRow:
+    case, demand, device = asked
+    return audit_case(Job(case, find_kernels(folders)[case.kernel], demand, device))
 
 
 def audit_case(job: Job) -> AuditRow:
     """What the case of `job` shows of its demand. A case that cannot be built sees nothing, and says why."""
     case, contract, demand = job.case, job.contract, job.demand
+    least_wanted = {fault: wanted(fault, demand.margin) for fault in demand.must_see}
     try:
         if case.data == AUTO:
             case = choose_law(case, contract, demand, job.device).taken.case
@@ -95,7 +108,7 @@ def audit_case(job: Job) -> AuditRow:
     except (LawError, PlacementError) as error:
         nothing = dict.fromkeys(demand.must_see, 0.0)
         margins: dict[str, float | None] = {**nothing}
-        return AuditRow(case.matrix, case_id(case), case.data, demand.margin, margins, nothing, {}, (str(error),))
+        return AuditRow(case.matrix, case_id(case), case.data, least_wanted, margins, nothing, {}, (str(error),))
     least = least_descale_error(setup, contract)
     del setup
     laws = cheapest_laws(found, contract, demand, job.device)
@@ -103,7 +116,7 @@ def audit_case(job: Job) -> AuditRow:
         matrix=case.matrix,
         id=case_id(job.case),
         law=case.data,
-        margin=demand.margin,
+        wanted=least_wanted,
         margins={effect.fault: effect.size for effect in found.effects},
         unseen={effect.fault: effect.size or 0.0 for effect in found.unseen},
         laws=laws,
