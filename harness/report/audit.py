@@ -33,9 +33,8 @@ def render_audit(rows: Sequence[AuditRow], tier: str, *, every_case: bool = Fals
         lines.append(f"... and {len(blind_rows) - MOST_BLIND} more blind cases")
     effects = sum(size is not None for row in rows for size in row.margins.values())
     unseen = sum(len(row.unseen) for row in rows)
-    lines.append(
-        f"{_cases_of(len(rows))}, {len(blind_rows)} blind: {unseen} of {effects:,} effects below what is wanted"
-    )
+    total = f"{_cases_of(len(rows))}, {len(blind_rows)} blind"
+    lines.append(f"{total}: {unseen} of {effects:,} effects below what is wanted")
     return "\n".join(lines) + "\n"
 
 
@@ -44,7 +43,7 @@ def _cases_of(count: int) -> str:
 
 
 def _faults(rows: Sequence[AuditRow]) -> Iterator[str]:
-    """One line per fault: cases that can have it, blind ones, the effect wanted, least and median, laws that show it."""
+    """One line per fault: cases that can have it, blind ones, effects wanted, least and median, laws that show it."""
     yield f"  {'fault':<14}{'cases':>6}{'blind':>6}{'wanted':>8}{'least':>9}{'median':>9}  cheapest law for the blind"
     for fault in rows[0].margins:
         sizes = [size for row in rows if (size := row.margins[fault]) is not None]
