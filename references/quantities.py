@@ -5,7 +5,8 @@ Invariant: nothing here computes; nothing here knows a kernel, a cache or a page
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -95,3 +96,8 @@ class AttentionReference:
     num_visible: torch.Tensor  # [num_tokens] number of keys the row sees
     logits_soft_cap: float  # 0 without one
     rounding: Rounding
+
+    def part(self, tokens: slice) -> AttentionReference:
+        """The rows of some tokens, as views."""
+        rows: dict[str, Any] = {name: x[tokens] for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
+        return replace(self, **rows)

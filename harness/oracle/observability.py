@@ -19,8 +19,8 @@ import torch
 from harness.cache.content import Content
 from harness.kernel.numerics import NumericsProfile
 from harness.oracle.faults import FAULT_MODELS
-from harness.oracle.sampling import scenes
 from harness.oracle.scene import Batch, Outcome, Rows, Scene
+from harness.oracle.scene_sampling import scenes
 from harness.oracle.tolerance import Tolerance, rounding_of, tolerance
 from references.attention import attend
 

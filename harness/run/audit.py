@@ -104,13 +104,14 @@ def audit_case(job: Job) -> AuditRow:
         if case.data == AUTO:
             case = choose_law(case, contract, demand, job.device).taken.case
         setup = build_arguments(build_problem(case, job.device), contract)
-        found = observe_setup(setup, contract, demand)
+        inputs = reference_inputs(setup.problem, setup.cache, contract)
+        found = observe_setup(setup, inputs, contract, demand)
     except (LawError, PlacementError) as error:
         nothing = dict.fromkeys(demand.must_see, 0.0)
         margins: dict[str, float | None] = {**nothing}
         return AuditRow(case.matrix, case_id(case), case.data, least_wanted, margins, nothing, {}, (str(error),))
-    least = least_descale_error(setup, contract)
-    del setup
+    least = least_descale_error(setup, inputs, contract)
+    del setup, inputs  # before other laws are tried: memory of a case at a time
     laws = cheapest_laws(found, contract, demand, job.device)
     return AuditRow(
         matrix=case.matrix,
@@ -126,7 +127,7 @@ def audit_case(job: Job) -> AuditRow:
     )
 
 
-def least_descale_error(setup: Setup, contract: Contract) -> dict[str, float] | None:
+def least_descale_error(setup: Setup, inputs: AttentionInputs, contract: Contract) -> dict[str, float] | None:
     """Smallest relative error of the K and V descale of one page that tier 2 sees, the median over pages.
 
     Of the first KV head, which stands for all. None where nothing is quantised, where tier 2 does not apply, and where
@@ -134,8 +135,7 @@ def least_descale_error(setup: Setup, contract: Contract) -> dict[str, float] | 
     """
     if setup.problem.case.kv_dtype == "auto" or setup.problem.structured:
         return None
-    inputs = _first_kv_head(reference_inputs(setup.problem, setup.cache, contract))
-    least = least_gains(inputs, page_filter(contract, setup))
+    least = least_gains(_first_kv_head(inputs), page_filter(contract, setup))
     found = {"K": least.least_k, "V": least.least_v}
     return found if all(math.isfinite(error) for error in found.values()) else None
 

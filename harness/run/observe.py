@@ -31,6 +31,7 @@ from harness.problem.problem import build_problem
 from harness.run.reference import reference_inputs
 from harness.run.setup import Setup, build_arguments
 from harness.triage.explain import explain_blind
+from references.attention import AttentionInputs
 
 LAWS = ("normal", "probe", "negative", "uniform", "outliers")  # what `data: auto` chooses from, the cheapest first
 
@@ -74,16 +75,18 @@ class LawChoice:
     missed: dict[str, tuple[str, ...]]
 
 
-def observe_setup(setup: Setup, contract: Contract, demand: Demand, allowed: Allowed | None = None) -> Observation:
-    """What `setup` shows of `demand`, by the tolerances `allowed`; by those that `demand` implies, unless given.
+def observe_setup(
+    setup: Setup, inputs: AttentionInputs, contract: Contract, demand: Demand, allowed: Allowed | None = None
+) -> Observation:
+    """What `setup`, of which a right kernel sees `inputs`, shows of `demand`, by the tolerances `allowed`.
 
-    A reference is computed for the sampled rows and heads alone, if at all.
+    Unless given, they are what `demand` implies: a reference is computed for the sampled rows and heads, if at all.
     """
     problem, cache, case = setup.problem, setup.cache, setup.problem.case
     lens = zip(case.rows.query_lens, case.rows.context_lens, strict=True)
     batch = Batch(
         case=case,
-        inputs=reference_inputs(problem, cache, contract),
+        inputs=inputs,
         cached_lens=tuple(contract.content.cached_len(query_len, context_len) for query_len, context_len in lens),
         key_payload=cache.key_payload,
         value_payload=cache.value_payload,
@@ -102,7 +105,8 @@ def observe_case(case: Case, contract: Contract, demand: Demand, device: torch.d
 
     Raises LawError or PlacementError where the case cannot be built.
     """
-    return observe_setup(build_arguments(build_problem(case, device), contract), contract, demand)
+    setup = build_arguments(build_problem(case, device), contract)
+    return observe_setup(setup, reference_inputs(setup.problem, setup.cache, contract), contract, demand)
 
 
 def choose_law(case: Case, contract: Contract, demand: Demand, device: torch.device | str) -> LawChoice:

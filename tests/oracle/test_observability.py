@@ -17,8 +17,8 @@ from harness.kernel.registry import find_kernels
 from harness.matrix import FAULTS
 from harness.oracle.faults import FAULT_MODELS, SPLIT_TILES
 from harness.oracle.observability import CERTAIN, MARGIN, Effect, blind_to, known_tolerance, observe
-from harness.oracle.sampling import MAX_ROWS, scenes
 from harness.oracle.scene import Batch
+from harness.oracle.scene_sampling import MAX_ROWS, scenes
 from harness.oracle.tolerance import Tolerance, tolerance
 from harness.problem.problem import build_problem
 from harness.run.observe import Demand, observe_case

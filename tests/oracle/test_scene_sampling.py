@@ -9,11 +9,11 @@ import pytest
 
 from harness.case import Case, Rows
 from harness.kernel.registry import find_kernels
-from harness.oracle import sampling
+from harness.oracle import scene_sampling
 from harness.oracle.faults import FAULT_MODELS
 from harness.oracle.observability import MARGIN, known_tolerance, observe, sampled_tolerance
-from harness.oracle.sampling import MAX_HEADS, loudest_heads, scenes
 from harness.oracle.scene import Batch, Scene
+from harness.oracle.scene_sampling import MAX_HEADS, loudest_heads, scenes
 from harness.oracle.tolerance import tolerance
 from harness.problem.problem import build_problem
 from harness.run.observe import Demand, observe_case
@@ -96,7 +96,7 @@ def test_the_only_loud_head_is_found(place: str, key: int, head: int, gqa_ratio:
 
 def whole(batch: Batch) -> Scene:
     """The scene of every head of the only sequence of `batch`."""
-    return sampling._scene(batch, 0, 0, 0)
+    return scene_sampling._scene(batch, 0, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_temporaries_stay_within_the_stated_bound(monkeypatch: pytest.MonkeyPatc
     at_once, parts = effects(), len(list(scenes(batch)))
     with LiveBytes() as free:
         [scene.right.out.shape for scene in scenes(batch)]
-    monkeypatch.setattr(sampling, "MAX_ELEMENTS", 1 << 17)
+    monkeypatch.setattr(scene_sampling, "MAX_ELEMENTS", 1 << 17)
     assert len(list(scenes(batch))) > parts
     assert effects() == pytest.approx(at_once, rel=1e-9)
     with LiveBytes() as used:
@@ -148,7 +148,7 @@ def test_temporaries_stay_within_the_stated_bound(monkeypatch: pytest.MonkeyPatc
 def test_parts_of_a_group_are_looked_at_as_the_whole_is(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = batch_of(make(Rows("one", (1,), (300,)), data="probe", gqa_ratio=16))
     at_once = loudest_heads(whole(batch))
-    monkeypatch.setattr(sampling, "MAX_ELEMENTS", 3 * 301 * 24)
+    monkeypatch.setattr(scene_sampling, "MAX_ELEMENTS", 3 * 301 * 24)
     assert loudest_heads(whole(batch)) == at_once
 
 
