@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 from harness.errors import AttnregError, UsageError
@@ -95,8 +96,8 @@ def _audit(options: argparse.Namespace) -> int:
     import torch
 
     from harness.items import matrix_files
-    from harness.report.audit import render_audit
-    from harness.run.audit import audit, jobs
+    from harness.report.audit import render_matrix, render_total
+    from harness.run.audit import AuditRow, audit, jobs
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch finds no GPU here")
@@ -105,8 +106,13 @@ def _audit(options: argparse.Namespace) -> int:
     work = list(jobs(matrix_files(options.paths), find_kernels(options.kernels), options.tier, options.device))
     if not work:
         raise UsageError(f"nothing to audit: no matrix with must_see has a case in tier {options.tier}")
-    rows = audit(work, options.kernels, workers=1 if options.device == "cuda" else options.workers)
-    sys.stdout.write(render_audit(rows, options.tier, every_case=options.every_case))
+    rows: list[AuditRow] = []
+    found = audit(work, options.kernels, workers=1 if options.device == "cuda" else options.workers)
+    for _, own in groupby(found, key=lambda row: row.matrix):
+        rows += (matrix := list(own))
+        sys.stdout.write(render_matrix(matrix, options.tier, every_case=options.every_case))
+        sys.stdout.flush()
+    sys.stdout.write(render_total(rows))
     if options.json is not None:
         data = {"tier": options.tier, "cases": [row.to_data() for row in rows]}
         options.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

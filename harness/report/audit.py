@@ -15,17 +15,18 @@ MOST_BLIND = 20  # blind cases told one by one
 _WIDTH = 80
 
 
-def render_audit(rows: Sequence[AuditRow], tier: str, *, every_case: bool = False) -> str:
-    """The whole report; `every_case` adds a table of case x fault per matrix."""
+def render_matrix(rows: Sequence[AuditRow], tier: str, *, every_case: bool = False) -> str:
+    """The cases of one matrix; `every_case` adds a table of case x fault."""
+    blind = sum(row.blind for row in rows)
+    counts = f"{_cases_of(len(rows))} of tier {tier}, {blind} blind"
+    lines = [f"{rows[0].matrix}  {counts}  (effects in units of the tolerance)"]
+    lines += [*_faults(rows), *_descale_errors(rows), *(_cases(rows) if every_case else ())]
+    return "\n".join(lines) + "\n\n"
+
+
+def render_total(rows: Sequence[AuditRow]) -> str:
+    """What is blind among the cases of all matrices, and how many effects were looked at."""
     lines: list[str] = []
-    for matrix in dict.fromkeys(row.matrix for row in rows):
-        own = [row for row in rows if row.matrix == matrix]
-        blind = sum(row.blind for row in own)
-        lines += [f"{matrix}  {_cases_of(len(own))} of tier {tier}, {blind} blind  (effects in units of the tolerance)"]
-        lines += [*_faults(own), *_descale_errors(own)]
-        if every_case:
-            lines += _cases(own)
-        lines.append("")
     blind_rows = [row for row in rows if row.blind]
     for row in blind_rows[:MOST_BLIND]:
         lines += _blind(row)

@@ -78,17 +78,18 @@ def jobs(paths: Iterable[Path], kernels: Mapping[str, Contract], tier: str, devi
                 yield Job(case, kernels[case.kernel], demand, device)
 
 
-def audit(work: Sequence[Job], folders: Sequence[Path] = (), workers: int = 1) -> list[AuditRow]:
-    """The rows of `work`, in its order, by `workers` processes (on a GPU: one, as they would share it).
+def audit(work: Sequence[Job], folders: Sequence[Path] = (), workers: int = 1) -> Iterator[AuditRow]:
+    """The rows of `work`, in its order, as they come, by `workers` processes (on a GPU: one, as they would share it).
 
     `folders` hold kernels beside those in the tree: a contract is code, which every process finds for itself.
     """
     if workers == 1:
-        return [audit_case(job) for job in work]
+        yield from map(audit_case, work)
+        return
     context = multiprocessing.get_context("spawn")
     plain = [(job.case, job.demand, job.device) for job in work]
     with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        return list(pool.map(partial(_audit_elsewhere, tuple(folders)), plain))
+        yield from pool.map(partial(_audit_elsewhere, tuple(folders)), plain)
 
 
 def _audit_elsewhere(folders: tuple[Path, ...], asked: tuple[Case, Demand, str]) -> AuditRow:

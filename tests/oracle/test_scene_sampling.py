@@ -22,6 +22,7 @@ from harness.run.setup import build_arguments
 from tests.references.test_memory import LiveBytes
 
 KERNELS = find_kernels()
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 NUM_HEADS = 64
 BY_NUMBER = (0, 1, 9, 18, 27, 36, 45, 63)  # a sample by number: in step with the turns that a law of nine kinds takes
 LONG = Rows("long", (5, 1), (3, 2000))
@@ -32,9 +33,9 @@ def make(rows: Rows = LONG, **axes: Any) -> Case:
     return Case(matrix="m", kernel="unified_paged", rows=rows, **(defaults | axes))
 
 
-def batch_of(case: Case) -> Batch:
+def batch_of(case: Case, device: str = "cpu") -> Batch:
     contract = KERNELS[case.kernel]
-    setup = build_arguments(build_problem(case, "cpu"), contract)
+    setup = build_arguments(build_problem(case, device), contract)
     lens = zip(case.rows.query_lens, case.rows.context_lens, strict=True)
     cached_lens = tuple(contract.content.cached_len(*pair) for pair in lens)
     inputs = reference_inputs(setup.problem, setup.cache, contract)
@@ -57,9 +58,12 @@ def of_heads(batch: Batch, heads: tuple[int, ...]) -> Any:
     return replace(batch.inputs, q=batch.inputs.q[:, own], k=batch.inputs.k[:, kv_heads], v=batch.inputs.v[:, kv_heads])
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("gqa_ratio", [1, NUM_HEADS])
-def test_a_decode_row_of_many_heads_shows_the_newest_token_that_a_sample_by_number_misses(gqa_ratio: int) -> None:
-    batch = batch_of(make(data="probe", gqa_ratio=gqa_ratio))
+def test_a_decode_row_of_many_heads_shows_the_newest_token_that_a_sample_by_number_misses(
+    gqa_ratio: int, device: str
+) -> None:
+    batch = batch_of(make(data="probe", gqa_ratio=gqa_ratio), device)
     by_number = replace(batch, case=replace(batch.case, gqa_ratio=1))
     if gqa_ratio == 1:
         assert shown(by_number, "newest_token", BY_NUMBER) < MARGIN
@@ -99,6 +103,7 @@ def whole(batch: Batch) -> Scene:
     return scene_sampling._scene(batch, 0, 0, 0)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "axes",
     [
@@ -110,14 +115,14 @@ def whole(batch: Batch) -> Scene:
     ],
     ids=str,
 )
-def test_a_sample_has_the_tolerance_of_the_whole(axes: dict[str, Any]) -> None:
+def test_a_sample_has_the_tolerance_of_the_whole(axes: dict[str, Any], device: str) -> None:
     case = make(**({"rows": Rows("mixed", (90, 1), (60, 150)), "num_q_heads": 16, "data": "probe"} | axes))
     contract = KERNELS[case.kernel]
-    setup = build_arguments(build_problem(case, "cpu"), contract)
+    setup = build_arguments(build_problem(case, device), contract)
     reference = build_reference(setup.problem, setup.cache, contract)
     known = known_tolerance(tolerance(reference, contract.numerics, case.dtype, case.head_size))
     alone = sampled_tolerance(contract.numerics, structured=False)
-    for scene in scenes(batch_of(case)):
+    for scene in scenes(batch_of(case, device)):
         for of_all, of_sample in ((known(scene).out, alone(scene).out), (known(scene).lse, alone(scene).lse)):
             ratio = of_sample / of_all.where(of_all > 0, 1.0)
             assert bool((ratio[of_all > 0] > 0.97).all())

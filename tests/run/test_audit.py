@@ -12,7 +12,7 @@ import pytest
 from harness.case import Case, Rows
 from harness.cli import main
 from harness.kernel.registry import find_kernels
-from harness.report.audit import render_audit
+from harness.report.audit import render_total
 from harness.run.audit import AuditRow, audit, jobs
 from harness.run.observe import LAWS, Demand, choose_law
 from harness.run.outcome import Outcome, Verdict
@@ -51,7 +51,7 @@ def write(folder: Path, data: str, faults: str, more: str = "") -> Path:
 
 
 def audited(path: Path) -> list[AuditRow]:
-    return audit(list(jobs([path], KERNELS, "smoke")))
+    return list(audit(list(jobs([path], KERNELS, "smoke"))))
 
 
 def ran(case: Case, *faults: str, **options: Any) -> Verdict:
@@ -173,7 +173,7 @@ def test_every_case_json_and_workers_agree(tmp_path: Path, capsys: pytest.Captur
     assert cases[0]["margins"]["sink"] is None
     rows = audited(path)
     assert [row.to_data() for row in rows] == cases
-    assert render_audit(rows, "smoke").endswith("\n2 cases, 1 blind: 1 of 4 effects below what is wanted\n")
+    assert render_total(rows).endswith("\n2 cases, 1 blind: 1 of 4 effects below what is wanted\n")
 
 
 def test_nothing_to_audit_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
