@@ -5,7 +5,7 @@ Invariant: nothing here computes; nothing here knows a kernel, a cache or a page
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -99,5 +99,6 @@ class AttentionReference:
 
     def part(self, tokens: slice) -> AttentionReference:
         """The rows of some tokens, as views."""
-        rows: dict[str, Any] = {name: x[tokens] for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
-        return replace(self, **rows)
+        fields: dict[str, Any] = dict(vars(self))
+        fields |= {name: x[tokens] for name, x in fields.items() if isinstance(x, torch.Tensor)}
+        return AttentionReference(**fields)

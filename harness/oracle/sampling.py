@@ -13,7 +13,7 @@ from references.attention import AttentionInputs
 
 MAX_ROWS = 64  # sampled per sequence
 MAX_HEAD_ROWS = 256  # sampled rows times gqa_ratio
-MAX_WORK, FEWEST_ROWS = 1 << 29, 8  # query heads x keys x dims of the rows of a sequence, unless so few need more
+MAX_WORK, FEWEST_ROWS = 1 << 28, 8  # query heads x keys x dims of the rows of a sequence, unless so few need more
 PADDING = {"cpu": 1 << 18, "cuda": 1 << 24}  # elements up to which a batch may be padding; beyond, half of it
 ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 26}  # of the largest float32 temporary, where one row needs no more
 PASSES = 16  # float64 temporaries of the scores of a row that count as one float32 temporary would

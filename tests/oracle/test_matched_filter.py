@@ -22,6 +22,7 @@ from references.rows import attention_rows
 from tests.oracle.cases import FEATURES, judged, make_case, ratios
 from tests.oracle.emulated_kernel import Schedule, run_emulated
 
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 PROFILES = {
     "same": NumericsProfile(),
     "fp32 P": NumericsProfile(p_dtype="fp32", mma="simt"),
@@ -91,6 +92,20 @@ def test_one_key_beside_a_sink_is_not_looked_at() -> None:
     out, _ = run_emulated(alone, profile, "bf16")
     found = find_gains(alone, out, filter_of(alone, profile, "bf16"))
     assert (found.z, found.num_statistics) == (0.0, 0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_row_that_is_flushed_to_zero_gives_no_false_alarm(device: str) -> None:
+    """A sink far above takes P of float16 below its subnormals: what is lost is certain, and all there is to see."""
+    inputs = make_case("normal", "fp16", lengths=((12, 1), (60, 37)), group=4)
+    sinks = torch.full((8,), 70.0, device=device)
+    q, k, v = (x.to(device) for x in (inputs.q * 8, inputs.k, inputs.v))
+    flushed = replace(inputs, q=q, k=k, v=v, sinks=sinks)
+    out = torch.zeros(13, 8, 64, dtype=torch.float16, device=device)
+    filters = filter_of(flushed, NumericsProfile(), "fp16")
+    assert find_gains(flushed, out, filters).z < Z_LIMIT
+    coarse = replace(filters, profile=NumericsProfile(p_dtype="fp8_e5m2", mma="mma_sync"))
+    assert find_gains(flushed, out, coarse).z < Z_LIMIT
 
 
 def test_rows_that_round_alike_are_counted_across_parts(monkeypatch: pytest.MonkeyPatch) -> None:
