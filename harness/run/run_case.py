@@ -37,6 +37,8 @@ from harness.triage.bar_codes import decode_bar_codes
 from harness.triage.explain import explain_mismatch, explain_setup_bug, with_row
 from references.attention import AttentionInputs, AttentionReference
 
+MOST_HELD = 2 << 30  # bytes of a device that a worker keeps between cases
+
 
 @dataclass(frozen=True)
 class Options:
@@ -97,8 +99,15 @@ def run_case(case: Case, contract: Contract, options: Options) -> Verdict:
         verdict = Verdict(Outcome.OUT_OF_MEMORY, first_line(error))
     except torch.AcceleratorError as error:
         verdict = Verdict(Outcome.CRASH, f"the device context died: {first_line(error)}")
+    release_memory(device)
     seeds = {"geometry": case.geometry_seed, "data": case.data_seed}
     return replace(verdict, seconds=watch.seconds, seeds=seeds, law=law)
+
+
+def release_memory(device: torch.device) -> None:
+    """Give freed memory of the device back where much of it is held: other workers share the device."""
+    if device.type == "cuda" and torch.cuda.memory_reserved(device) > MOST_HELD:
+        torch.cuda.empty_cache()
 
 
 def _reseeded(case: Case, options: Options) -> Case:
