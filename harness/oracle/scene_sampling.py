@@ -16,7 +16,7 @@ from harness.oracle.scene import PLACES, Batch, Scene, Scores, seen_at
 
 MAX_ROWS = 32  # of one sequence
 MAX_HEADS = 12
-MAX_SEQUENCES = 8
+MAX_SEQUENCES = 16
 MAX_ELEMENTS = 1 << 25  # of a temporary, but for sequences of which a single head has more
 
 
