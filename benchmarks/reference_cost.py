@@ -198,10 +198,8 @@ def main() -> None:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
-    print(
     titles = f"{'plain':>10}{'reference':>11}{'total':>10}{'total/plain':>13}{'every tier':>13}{'cells/s':>9}"
     print(f"{'shape':<24}{titles}{'peak/bound':>20}{'excess':>9}")
-    )
     for shape in QUICK if chosen.quick else SHAPES:
         row = measure(shape, chosen.dtype, device, repeats=3 if chosen.quick else 5)
         rows.append(row)

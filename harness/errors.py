@@ -39,6 +39,10 @@ class KernelRaised(AttnregError):
     """The kernel under test raised an exception of its own; the cause is chained."""
 
 
+class OutOfMemory(AttnregError):
+    """The kernel under test asked for memory of host or device that could not be had; the cause is chained."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or its type where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

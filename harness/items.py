@@ -16,7 +16,7 @@ import pytest
 from harness.errors import AttnregError, UsageError
 from harness.matrix import SHARED_ROWS
 from harness.matrix.axes import case_id
-from harness.session import SELECTED, SESSION, Session
+from harness.session import SESSION, Session
 
 if TYPE_CHECKING:
     from harness.case import Case
@@ -41,20 +41,22 @@ def is_matrix(path: Path) -> bool:
     return any(_MATRIX_KEY.search(other.read_text(encoding="utf-8", errors="replace")) for other in beside)
 
 
-def matrix_files(paths: Iterable[Path]) -> Iterable[Path]:
+def matrix_files(paths: Iterable[Path]) -> list[Path]:
     """The files among `paths`, and the matrices in the folders among them, sorted.
 
-    Raises UsageError for a path that leads nowhere, a file that is not YAML and a folder without a matrix.
+    Raises UsageError for a path that is not there, a file that is no matrix and a folder without one.
     """
+    found: list[Path] = []
     for path in paths:
         if not path.exists():
             raise UsageError(f"{path}: no such file or folder")
-        found = sorted(filter(is_matrix, path.rglob("*.y*ml"))) if path.is_dir() else [path]
-        if path.is_dir() and not found:
-            raise UsageError(f"{path}: no matrix in this folder")
-        if path.name == SHARED_ROWS or (path.is_file() and path.suffix not in _YAML):
+        if path.is_file() and (path.name == SHARED_ROWS or path.suffix not in _YAML):
             raise UsageError(f"{path}: not a matrix")
-        yield from found
+        inside = sorted(filter(is_matrix, path.rglob("*.y*ml"))) if path.is_dir() else [path]
+        if not inside:
+            raise UsageError(f"{path}: no matrix in this folder")
+        found += inside
+    return found
 
 
 class CaseFailed(Exception):
@@ -79,7 +81,6 @@ class MatrixFile(pytest.File):
                 )
             else:
                 session.num_deselected += 1
-                session.coverage[matrix.name] = SELECTED
 
 
 class MatrixItem(pytest.Item):

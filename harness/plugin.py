@@ -17,7 +17,7 @@ from harness.errors import AttnregError, UsageError
 from harness.items import MatrixFile, MatrixItem, is_matrix
 from harness.matrix import TIERS
 from harness.reporting import COVERAGE, Reporting
-from harness.session import SELECTED, SESSION, Session
+from harness.session import SESSION, Session
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,7 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--geometry-seed", type=int, metavar="N", help="override the geometry seed of every case")
     group.addoption("--plant", metavar="NAME", help="inject a fault into the set-up; 'list' lists them")
     group.addoption("--no-contract-checks", action="store_true", help="launch even what violates the contract")
-    group.addoption("--reports", metavar="DIR", help="where run logs go (default: reports/ of the project)")
+    group.addoption("--reports", metavar="DIR", help="where run logs go (default: reports/ of pytest's root folder)")
 
 
 def share_cores(environ: MutableMapping[str, str], cores: int) -> None:
@@ -79,7 +79,7 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> MatrixFile
 def pytest_deselected(items: Sequence[pytest.Item]) -> None:
     for item in items:
         if isinstance(item, MatrixItem):
-            item.facts.coverage[item.case.matrix] = SELECTED
+            item.facts.narrowed = True
 
 
 @pytest.hookimpl(wrapper=True)
@@ -93,4 +93,4 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 def pytest_sessionfinish(session: pytest.Session) -> None:
     facts = session.config.stash[SESSION]
     if facts.is_worker:
-        vars(session.config)["workeroutput"][COVERAGE] = (facts.coverage, facts.num_deselected)
+        vars(session.config)["workeroutput"][COVERAGE] = (facts.coverage, facts.num_deselected, facts.narrowed)

@@ -34,7 +34,9 @@ KERNELS = (
     _toy("exiting", "ends the process"),
     _toy("skipping", "asks to be skipped"),
     _toy("quitting", "exits"),
+    _toy("careless", "right, and leaves torch with other settings"),
     replace(_toy("broken", "does not exist"), entry="no_such_file.py:launch"),
+    replace(_toy("rude", "right, and leaves torch with other settings when imported"), entry="rude.py:honest"),
     replace(
         _toy("honest", "right, and declared to round P to bfloat16, which it does not"),
         name="toy_loose",
