@@ -41,6 +41,9 @@ class SourceFault(NamedTuple):
     applies: Callable[[Case], bool]
 
 
+NUMBERS = Options(access_trace=False)  # accesses show where kernels are interpreted only
+
+
 def longest(case: Case) -> int:
     return max(case.rows.seq_lens)
 
@@ -108,11 +111,11 @@ def verdicts(quick: bool, scratch: Path) -> Iterator[tuple[str, str]]:
     for name, contract in kernels.items():
         cases = cases_of(name, kernels, quick)
         for case in cases:
-            yield f"honest | {case_id(case)}", run_case(case, contract, Options()).outcome.value
+            yield f"honest | {case_id(case)}", run_case(case, contract, NUMBERS).outcome.value
             for fault, (applies, change) in ARGUMENT_FAULTS.items():
                 if applies(case):
                     plant = replace(NO_PLANT, name=fault, arguments=change)
-                    options = Options(plant=plant, contract_checks=False)
+                    options = replace(NUMBERS, plant=plant, contract_checks=False)
                     yield f"{fault} | {case_id(case)}", run_case(case, contract, options).outcome.value
         for fault, source in SOURCE_FAULTS.items():
             chosen = [case for case in cases if source.applies(case)]
@@ -120,7 +123,7 @@ def verdicts(quick: bool, scratch: Path) -> Iterator[tuple[str, str]]:
                 continue
             faulty = faulty_contract(contract, source, scratch / name / fault.replace(" ", "_"))
             for case in chosen:
-                yield f"{fault} | {case_id(case)}", run_case(case, faulty, Options()).outcome.value
+                yield f"{fault} | {case_id(case)}", run_case(case, faulty, NUMBERS).outcome.value
 
 
 def main() -> None:

@@ -32,6 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--geometry-seed", type=int, metavar="N", help="override the geometry seed of every case")
     group.addoption("--plant", metavar="NAME", help="inject a fault into the set-up; 'list' lists them")
     group.addoption("--no-contract-checks", action="store_true", help="launch even what violates the contract")
+    group.addoption("--no-access-trace", action="store_true", help="do not trace what interpreted kernels read")
     group.addoption("--reports", metavar="DIR", help="where run logs go (default: reports/ of pytest's root folder)")
 
 

@@ -156,6 +156,7 @@ class Session:
         return Options(
             device=self.config.getoption("--device"),
             contract_checks=not self.config.getoption("--no-contract-checks"),
+            access_trace=not self.config.getoption("--no-access-trace"),
             plant=self.plant or NO_PLANT,
             data_seed=self.config.getoption("--data-seed"),
             geometry_seed=self.config.getoption("--geometry-seed"),
@@ -182,6 +183,7 @@ class Session:
             "plant": self.config.getoption("--plant"),
             "kernels": self.config.getoption("--kernels"),
             "no_contract_checks": self.config.getoption("--no-contract-checks"),
+            "no_access_trace": self.config.getoption("--no-access-trace"),
         }
 
 

@@ -37,6 +37,7 @@ RULES: dict[str, tuple[str, ...]] = {  # folder: what none of its modules may im
     "harness/problem": ("harness.cache", "harness.oracle", "harness.run", "pytest", "rich"),
     "harness/cache": ("harness.oracle", "harness.run", "harness.kernel", "pytest", "rich"),
     "harness/oracle": ("harness.run", "harness.report", "pytest", "rich"),
+    "harness/access": ("harness.run", "harness.report", "harness.triage", "references", "pytest", "rich"),
     "harness/report": ("torch", "harness.oracle", "harness.problem", "harness.cache", "harness.kernel", "pytest"),
     "harness/store": ("torch", "harness.oracle", "harness.report", "pytest", "rich"),
     "harness/interpreter": ("harness.kernel", "harness.oracle", "harness.run", "pytest", "rich"),

@@ -26,7 +26,7 @@ class NestedSession(AttnregError):
 class Violation:
     """Something a kernel did that no correct kernel does, whatever its numbers.
 
-    kind: out_of_bounds | read_only_store | double_store | wrong_hint.
+    kind: out_of_bounds | read_only_store | double_store | stray_store | race | wrong_hint.
     """
 
     kind: str

@@ -181,6 +181,7 @@ def _launch(session: Session, kernel: Any, grid: Any, args: tuple[Any, ...], kwa
                 session.begin_program(program)
                 builder.set_grid_idx(*program)
                 function(**arguments)
+        session.end_launch()
     except AttnregError:
         raise
     except Exception as error:  # whatever a kernel raises, as the stock interpreter reports it
@@ -235,7 +236,7 @@ def _patch_memory(patches: Patches, session: Session) -> None:
     def load(builder: Any, ptr: Any, *_: Any, **__: Any) -> Any:
         element = ptr.get_element_ty()
         dtype = interpreter._get_np_dtype(element)
-        session.check("load", ptr.data.reshape(-1), dtype.itemsize)
+        session.check("load", ptr.data, None, dtype.itemsize)
         everywhere = np.ones(ptr.data.shape, dtype=bool)
         return handle(native.load(ptr.data, everywhere, np.zeros(ptr.data.shape, dtype), dtype), element)
 
@@ -243,7 +244,7 @@ def _patch_memory(patches: Patches, session: Session) -> None:
         element = ptrs.get_element_ty()
         dtype = interpreter._get_np_dtype(element)
         selected = np.asarray(mask.data, dtype=bool)
-        session.check("load", ptrs.data[selected], dtype.itemsize)
+        session.check("load", ptrs.data, selected, dtype.itemsize)
         rest = undefined(ptrs.data.shape, element, dtype) if other is None else other.data
         return handle(native.load(ptrs.data, selected, rest, dtype), element)
 
@@ -254,7 +255,7 @@ def _patch_memory(patches: Patches, session: Session) -> None:
     def masked_store(builder: Any, ptrs: Any, value: Any, mask: Any, *_: Any, **__: Any) -> None:
         dtype = interpreter._get_np_dtype(ptrs.get_element_ty())
         selected = np.asarray(mask.data, dtype=bool)
-        session.check("store", ptrs.data[selected], dtype.itemsize)
+        session.check("store", ptrs.data, selected, dtype.itemsize)
         native.store(ptrs.data, value.data.astype(dtype, copy=False), selected)
 
     def atomic(name: str, pointer: int, mask: int | None) -> Callable[..., Any]:
@@ -262,11 +263,11 @@ def _patch_memory(patches: Patches, session: Session) -> None:
 
         def checked(builder: Any, *args: Any) -> Any:
             addresses = args[pointer].data
-            selected = addresses if mask is None else addresses[np.asarray(args[mask].data, dtype=bool)]
+            selected = None if mask is None else np.asarray(args[mask].data, dtype=bool)
             element = args[pointer].get_element_ty()
             if element.name in narrow.NARROW:
                 raise InterpreterUnsupported(f"atomics on {element.name} are not interpreted")
-            session.check("atomic", selected.reshape(-1), interpreter._get_np_dtype(element).itemsize)
+            session.check("atomic", addresses, selected, interpreter._get_np_dtype(element).itemsize)
             return stock(builder, *args)
 
         return checked

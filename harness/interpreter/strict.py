@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from harness.interpreter import imported_interpreted, prepare
 from harness.interpreter.errors import InterpreterUnsupported
-from harness.interpreter.session import AccessHook, Session
+from harness.interpreter.session import Session
+from harness.interpreter.trace import Trace
 
 if TYPE_CHECKING:
     import torch
@@ -27,17 +28,19 @@ def strict_interpreter(
     *,
     outputs: Collection[str] | None = None,
     program_order_seed: int = 0,
-    hook: AccessHook | None = None,
+    room: Mapping[str, int] | None = None,
+    trace: Trace | None = None,
 ) -> Iterator[Session]:
     """Run Triton kernels strictly: `with strict_interpreter({"q": q, "out": out}, outputs={"out"}) as session: ...`.
 
     buffers: CPU tensors that kernels may touch, by name; None: the tensors of each launch. outputs: names of those that
     may be stored to; None: all. Tensors of a launch whose allocation no buffer shares are the launch's workspaces.
-    program_order_seed: orders the programs of every launch. hook: sees every access.
+    program_order_seed: orders the programs of every launch. room: elements behind the end of a buffer that may be
+    loaded too. trace: filled with what programs load of the buffers that it watches.
 
     An access outside the buffers raises OutOfBounds, a store to an input ReadOnlyStore, both before memory is touched;
-    elements stored by two programs of a launch and wrong hints are recorded in `Session.violations`. Any other
-    exception of a kernel arrives as Triton's InterpreterError.
+    elements stored by two programs of a launch, races (with a trace) and wrong hints are recorded in
+    `Session.violations`. Any other exception of a kernel arrives as Triton's InterpreterError.
 
     Raises InterpreterUnsupported (triton missing, or a version this is not proved on), InterpreterNotReady (triton was
     imported without `prepare("cpu")`), NestedSession (a session is open), ValueError (`outputs` names no buffer).
@@ -49,7 +52,7 @@ def strict_interpreter(
 
     check_version(triton.__version__)
     assert imported_interpreted()
-    session = Session(buffers, outputs, program_order_seed, hook)
+    session = Session(buffers, outputs, program_order_seed, room or {}, trace)
 
     from harness.interpreter.patches import install
 

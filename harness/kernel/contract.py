@@ -14,6 +14,7 @@ from typing import Any
 from harness.cache.content import Content
 from harness.case import Case
 from harness.kernel.numerics import NumericsProfile
+from harness.kernel.over_read import OverRead
 from harness.matrix.axes import AXES, Choice
 from harness.matrix.rows import NAME
 
@@ -65,6 +66,8 @@ class Contract:
     max_gqa_ratio: int | None = None  # None: any
     index_dtype: str = "int32"
     tail: str = "nan"  # nan: loads behind the last token are masked | loud: masked after the product, so finite only
+    window_pages: str = "live"  # live: pages that left the window are still there | dead: they must not be touched
+    over_reads: tuple[OverRead, ...] = ()  # known ones: provided, and nothing else is
     returns_lse: bool = True
     launches: tuple[str, ...] = ()  # names of the device kernels it may launch; () where they cannot be observed
     takes: Callable[[Case], frozenset[str]] | None = None  # those that a case must launch; None: all of `launches`
@@ -94,6 +97,12 @@ class Contract:
         launches: Any = self.launches
         if isinstance(launches, str):
             yield f"launches is a tuple, ('{launches}',) for one kernel"
+        if self.window_pages not in ("live", "dead"):
+            yield f"window_pages is live or dead, not {self.window_pages!r}"
+
+    def over_read(self, buffer: str) -> int:
+        """How far the kernel may read behind what it needs of `buffer`, in the units of OVER_READABLE."""
+        return max((known.amount for known in self.over_reads if known.buffer == buffer), default=0)
 
     def must_launch(self, case: Case) -> frozenset[str]:
         """The device kernels without which `case` did not take the path it is for."""

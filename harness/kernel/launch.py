@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,16 +25,21 @@ from harness.kernel.guarded import GuardedOutput, fingerprint
 from harness.kernel.registry import Launcher
 from harness.kernel.torch_state import kept_torch_state
 
+if TYPE_CHECKING:
+    from harness.interpreter.trace import Trace  # needs numpy, which comes with triton
+
 _INPUTS = (
     "q", "k", "v", "k_cache", "v_cache", "block_table", "query_start_loc", "seq_lens",
     "k_scale", "v_scale", "kv_block_descale", "alibi_slopes", "sinks",
 )  # fmt: skip
+_TRACED = ("k_cache", "v_cache", "k", "v", "kv_block_descale", "block_table")
 
 
 @dataclass(frozen=True)
 class LaunchResult:
     ran: tuple[str, ...]  # device kernels in order of first launch; the kernel's own name where none can be observed
     violations: tuple[str, ...]
+    trace: Trace | None = None  # None where nothing was traced: not asked for, compiled, no Triton
 
 
 def launch(
@@ -45,21 +50,26 @@ def launch(
     outputs: tuple[GuardedOutput, ...],
     *,
     program_order_seed: int = 0,
+    trace_accesses: bool = False,
 ) -> LaunchResult:
     """Run `launcher` on `args` (compiled on a GPU, under the strict interpreter on a CPU) and observe it.
 
+    trace_accesses: keep what interpreted programs load of K, V, descales and page table, and who stored the outputs.
     Raises KernelRaised where the kernel raises, OutOfMemory where memory ran out in it; the error of a dead device
     context passes through as it is.
     """
     inputs = input_tensors(args)
     before = {name: fingerprint(tensor) for name, tensor in inputs.items()}
     violations: list[str] = []
+    trace = None
     with kept_torch_state(args.q.device) as changed:
         if "triton" not in sys.modules:  # loading the kernel imports it where it is used at all
             _call(launcher, args)
             ran: tuple[str, ...] = ()
         elif args.q.device.type == "cpu":
-            ran, broken = _interpreted(launcher, args, inputs, outputs, program_order_seed)
+            room = {"block_table": contract.over_read("block_table")}  # of K and V it lies inside the cache
+            trace = _new_trace() if trace_accesses else None
+            ran, broken = _interpreted(launcher, args, inputs, outputs, program_order_seed, room, trace)
             violations += broken
         else:
             with observed_triton_launches() as names:
@@ -72,7 +82,7 @@ def launch(
     violations += [f"{name} was written by the kernel" for name, t in inputs.items() if fingerprint(t) != before[name]]
     violations += [overrun for output in outputs if (overrun := output.overrun())]
     unobservable = not ran and not contract.launches
-    return LaunchResult((contract.name,) if unobservable else ran, tuple(violations))
+    return LaunchResult((contract.name,) if unobservable else ran, tuple(violations), trace)
 
 
 def input_tensors(args: LaunchArguments) -> dict[str, torch.Tensor]:
@@ -97,17 +107,34 @@ def _interpreted(
     inputs: Mapping[str, torch.Tensor],
     outputs: tuple[GuardedOutput, ...],
     seed: int,
+    room: Mapping[str, int],
+    trace: Trace | None,
 ) -> tuple[tuple[str, ...], list[str]]:
     from harness.interpreter.strict import strict_interpreter  # needs numpy, which comes with triton
 
     written = {output.name: output.tensor for output in outputs}
-    interpreter = strict_interpreter({**inputs, **written}, outputs=set(written), program_order_seed=seed)
-    with interpreter as session, suppress(MemoryFault):  # recorded by the session; the kernel ends there
-        _call(launcher, args)
+    interpreter = strict_interpreter(
+        {**inputs, **written}, outputs=set(written), program_order_seed=seed, room=room, trace=trace
+    )
+    cut = False
+    with interpreter as session:
+        try:
+            _call(launcher, args)
+        except MemoryFault:  # recorded by the session; the kernel ends there
+            cut = True
+    if trace is not None:
+        trace.cut = cut
+        trace.stores = {name: session.writers(name) for name in written}
     broken = [str(violation) for violation in session.violations]
     if session.cross_launch_overwrites:
         broken.append(f"{session.cross_launch_overwrites} elements were stored by one launch and again by a later one")
     return tuple(dict.fromkeys(launch.kernel for launch in session.launches)), broken
+
+
+def _new_trace() -> Trace:
+    from harness.interpreter.trace import Trace
+
+    return Trace(_TRACED)
 
 
 def _which_ran(contract: Contract, case: Case, ran: tuple[str, ...]) -> list[str]:

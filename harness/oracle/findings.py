@@ -46,17 +46,52 @@ class TensorFindings:
 
 
 @dataclass(frozen=True)
+class AccessFinding:
+    """Memory that programs had to read and did not, or read and had not to: one example, and how many are like it.
+
+    Positions are those of the sequence (k_cache, v_cache, k, v), pages of the sequence (kv_block_descale) or columns
+    (block_table); where there is no sequence, none. kind: never_read | behind_end | out_of_window | other_head |
+    other_sequence | not_handed_over | unused_page | gap | never_stored.
+    """
+
+    kind: str
+    buffers: tuple[str, ...]
+    sequence: int | None
+    kv_head: int | None
+    first: int  # position
+    last: int
+    count: int  # positions between first and last that it is about
+    page: int | None  # physical page of the first position
+    slot: int | None
+    tokens: tuple[int, ...]  # first and last output row concerned, among those that the program serves
+    kernel: str
+    program: tuple[int, int, int] | None
+    where: str  # file:line of the load, or of a load of the same buffer by this program where one is missing
+    dims: tuple[int, ...] = ()  # of the first position, where it is about some of its dims only
+    others: int = 0  # further (program, sequence, kv head) with this finding at this line
+
+
+@dataclass(frozen=True)
+class AccessFindings:
+    """What the trace shows. `state` says what was judged: "traced", or why not everything was."""
+
+    state: str = ""
+    found: tuple[AccessFinding, ...] = ()
+
+
+@dataclass(frozen=True)
 class Findings:
     tensors: tuple[TensorFindings, ...]
     violations: tuple[str, ...] = ()  # exact invariants broken: inputs changed, red zone written, no kernel ran, ...
     gains: GainFindings = field(default_factory=GainFindings)  # tier 2, and where an error that is there comes from
     hull: HullFindings = field(default_factory=HullFindings)
+    access: AccessFindings = field(default_factory=AccessFindings)
 
     @property
     def clean(self) -> bool:
-        """Nothing exceeds any tier of the tolerance, nothing is outside its exact bounds."""
+        """Nothing exceeds any tier of the tolerance, nothing is outside its exact bounds, all accesses are right."""
         wrong = any(t.num_mismatched for t in self.tensors) or self.hull.num_outside or self.gains.num_gains
-        return not self.violations and not wrong
+        return not self.violations and not self.access.found and not wrong
 
     @property
     def err_over_tol(self) -> float:

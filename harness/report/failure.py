@@ -37,6 +37,7 @@ FIRST_ROWS = (
     "message",
     "at",
     "violates",
+    "accesses",
     "wrong",
     "how much",
     "lse",
@@ -46,7 +47,7 @@ FIRST_ROWS = (
     "looks like",
 )
 LAST_ROWS = ("seen",)
-EMPHASISED = ("before launch", "raised", "violates", "wrong")
+EMPHASISED = ("before launch", "raised", "violates", "accesses", "wrong")
 SHADES = ".-+*#"  # none, up to a third, up to two thirds, more, all
 
 

@@ -61,6 +61,8 @@ def summary_lines(
         lines += labelled(
             "unchecked", ["contract checks were off: set-up faults reach the kernel"], width, "bold magenta"
         )
+    if header.options.get("no_access_trace"):
+        lines += labelled("untraced", ["what kernels read was not held against their contracts"], width, "bold magenta")
     if header.plants:
         lines += labelled("planted", [", ".join(header.plants)], width, "bold magenta")
     for profile in not_tight(records):

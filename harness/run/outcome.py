@@ -40,5 +40,6 @@ class Verdict:
     seconds: dict[str, float] | None = None  # by phase: problem, cache, reference, launch, judge
     seeds: dict[str, int] | None = None
     explanation: dict[str, Any] | None = None
+    access: str = ""  # "traced", or what of the access oracle does not apply, and why; "" where nothing was launched
     law: str = ""  # the data law that was taken, where the case left the choice open
     tighter_err_over_tol: float | None = None  # of out, were P rounded one step more finely; ordinary data only

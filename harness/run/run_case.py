@@ -29,12 +29,14 @@ from harness.kernel.contract import Contract
 from harness.kernel.failures import memory_shortage
 from harness.kernel.launch import LaunchResult, launch
 from harness.kernel.registry import code_home, load_entry
+from harness.oracle.findings import AccessFindings
 from harness.oracle.finer import finer_tolerance
 from harness.oracle.judge import judge
 from harness.oracle.observability import blind_to, known_tolerance
 from harness.oracle.tolerance import Tolerance, tolerance
 from harness.problem.admission import AUTO, NEEDLES
 from harness.problem.problem import build_problem
+from harness.run.judge_access import judge_launch
 from harness.run.judge_gains import with_gains
 from harness.run.observe import NO_DEMAND, Demand, choose_law, explain_unseen, observe_setup
 from harness.run.outcome import Outcome, Verdict
@@ -60,6 +62,7 @@ class Options:
     data_seed: int | None = None  # overrides the seeds of the case
     geometry_seed: int | None = None
     demand: Demand = NO_DEMAND  # what the matrix demands to be seen
+    access_trace: bool = True  # of interpreted kernels; compiled ones cannot be traced
     noise_floor: str = "off"  # off | report | fail: whether errors are compared with those of a case's twin
 
 
@@ -177,9 +180,19 @@ def _launched(contract: Contract, setup: Setup, options: Options, watch: Stopwat
                 explanation = explain_unseen(seen, contract, options.demand, watch.device)
                 return Verdict(Outcome.BLIND, explanation["summary"], explanation=explanation)
         with watch.phase("launch"):
-            result = launch(contract, case, launcher, setup.args, setup.outputs, program_order_seed=case.geometry_seed)
+            result = launch(
+                contract,
+                case,
+                launcher,
+                setup.args,
+                setup.outputs,
+                program_order_seed=case.geometry_seed,
+                trace_accesses=options.access_trace,
+            )
+        with watch.phase("access"):
+            access = judge_launch(contract, setup, result, asked=options.access_trace)
         with watch.phase("judge"):
-            verdict = _verdict(contract, setup, inputs, reference, allowed, result)
+            verdict = _verdict(contract, setup, inputs, reference, allowed, result, access)
         if options.noise_floor == "off" or verdict.outcome is not Outcome.PASS:
             return verdict
         with watch.phase("twin"):
@@ -199,6 +212,7 @@ def _verdict(
     reference: AttentionReference,
     allowed: Tolerance,
     result: LaunchResult,
+    access: AccessFindings,
 ) -> Verdict:
     case = setup.problem.case
     out, lse = setup.outputs[0], setup.outputs[1] if contract.returns_lse else None
@@ -211,7 +225,7 @@ def _verdict(
         violations=result.violations,
         exact=case.data in NEEDLES,
     )
-    findings = with_gains(findings, contract, setup, inputs)
+    findings = with_gains(replace(findings, access=access), contract, setup, inputs)
     tensors = {t.name: t.err_over_tol for t in findings.tensors}
     verdict = Verdict(
         Outcome.PASS,
@@ -220,6 +234,7 @@ def _verdict(
         err_over_tol=tensors["out"],
         lse_err_over_tol=tensors.get("lse"),
         z=findings.gains.z if findings.gains.num_statistics else None,
+        access=access.state,
     )
     if findings.clean:
         return replace(verdict, tighter_err_over_tol=_tighter(contract, setup, reference))

@@ -48,7 +48,7 @@ def build_arguments(problem: Problem, contract: Contract, plant: Plant = NO_PLAN
         k_cache=cache.k,
         v_cache=cache.v,
         layout=case.layout,
-        block_table=views(cache.block_table),
+        block_table=views(with_room(cache, contract.over_read("block_table"))),
         query_start_loc=cache.query_start_loc,
         seq_lens=cache.seq_lens,
         max_query_len=max(case.rows.query_lens),
@@ -68,6 +68,18 @@ def build_arguments(problem: Problem, contract: Contract, plant: Plant = NO_PLAN
         kv_block_descale=cache.kv_block_descale,
     )
     return Setup(problem, cache, plant.arguments(args), outputs)
+
+
+def with_room(cache: KVCache, entries: int) -> torch.Tensor:
+    """The page table, [num_seqs, max_pages] int32, with `entries` behind its last row that name an unused page."""
+    table = cache.block_table
+    if not entries:
+        return table
+    used = {page for pages in cache.pages for page in pages}
+    dead = next(page for page in reversed(range(cache.num_pages)) if page not in used)
+    storage = table.new_full((table.numel() + entries,), dead)
+    storage[: table.numel()] = table.flatten()
+    return storage[: table.numel()].view(table.shape)
 
 
 def check_setup(setup: Setup, contract: Contract) -> None:

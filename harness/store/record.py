@@ -15,7 +15,7 @@ from harness.errors import AttnregError
 from harness.run.outcome import Outcome, Verdict
 from harness.store.plain import as_float, dump_line, plain_dict
 
-FORMAT_VERSION = 2  # raise it whenever a field of Record or Header is added, removed or changes its meaning
+FORMAT_VERSION = 3  # raise it whenever a field of Record or Header is added, removed or changes its meaning
 
 
 class MalformedRecord(AttnregError):
@@ -47,6 +47,7 @@ class Record:
     explanation: dict[str, Any] | None = None  # harness.triage
     worker: str = ""
     case: dict[str, Any] = field(default_factory=dict)  # axis values
+    access: str = ""  # as in harness.run.outcome
     law: str = ""  # the data law that was taken for `data: auto`
 
     @classmethod
@@ -84,6 +85,7 @@ class Record:
             explanation=None if verdict.explanation is None else plain_dict(verdict.explanation),
             worker=worker,
             case=plain_dict(asdict(case)),
+            access=verdict.access,
             law=verdict.law,
         )
 

@@ -15,6 +15,7 @@ from harness.case import Case
 from harness.errors import SetupBug
 from harness.oracle.findings import Findings, TensorFindings, Worst
 from harness.store.plain import plain_dict
+from harness.triage.access import tell_accesses
 from harness.triage.gains import gain_summary, tell_gains, tell_hull
 from harness.triage.hints import Hint, compare_tensors, find_hints, merge_hints
 from harness.triage.pattern import Pattern, find_pattern
@@ -39,6 +40,9 @@ def explain_mismatch(case: Case, findings: Findings) -> dict[str, Any]:
     if findings.violations:
         rows["violates"] = list(findings.violations)
         shape += [f"violates: {without_numbers(violation)}" for violation in findings.violations]
+    if findings.access.found:
+        rows["accesses"] = tell_accesses(findings.access.found)
+        shape += sorted({f"{one.kind}: {' '.join(one.buffers)}" for one in findings.access.found})
     for found in findings.tensors:
         pattern = find_pattern(case, found)
         tensors.append(_tensor_data(case, found, pattern))
@@ -76,6 +80,7 @@ def explain_mismatch(case: Case, findings: Findings) -> dict[str, Any]:
             "heat": heat,
             "gains": {"z": findings.gains.z, "found": [vars(gain) for gain in findings.gains.gains]}
             | ({"source": vars(findings.gains.source)} if findings.gains.source else {}),
+            "accesses": [vars(one) for one in findings.access.found],
             "hints": [hint.key for hint in hints],
             "shape": "; ".join(shape),
         }
@@ -125,12 +130,12 @@ def with_row(explanation: Mapping[str, Any] | None, label: str, *lines: str) -> 
 
 
 def _summary(findings: Findings, rows: Mapping[str, Sequence[str]]) -> str:
-    first = next((rows[label][0] for label in ("wrong", "lse", "violates", "hull") if label in rows), "")
+    order = ("wrong", "lse", "violates", "accesses", "hull")
+    first = next((rows[label][0] for label in order if label in rows), "")
     label = "lse: " if "wrong" not in rows and "lse" in rows else ""
     worst = f", worst {_ratio(findings.err_over_tol)}" if any(t.num_mismatched for t in findings.tensors) else ""
-    broken = rows.get("violates", ())
-    also = f"{broken[0]}; " if broken and first != broken[0] else ""
-    return also + label + first + worst
+    broken = [rows[label][0] for label in ("violates", "accesses") if label in rows and rows[label][0] != first]
+    return "".join(f"{what}; " for what in broken) + label + first + worst
 
 
 def _where(case: Case, pattern: Pattern) -> list[str]:

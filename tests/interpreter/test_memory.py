@@ -11,8 +11,8 @@ import triton.language as tl
 
 from harness.interpreter.errors import OutOfBounds, ReadOnlyStore
 from harness.interpreter.memory import Buffer, Regions
-from harness.interpreter.session import Access
 from harness.interpreter.strict import strict_interpreter
+from harness.interpreter.trace import Origin, Trace
 
 
 @triton.jit
@@ -138,7 +138,7 @@ def test_two_programs_storing_one_element() -> None:
         twice_kernel[(2,)](dst, 8)
     (violation,) = session.violations
     assert violation.kind == "double_store"
-    assert violation.message == "stored 8 elements that another program stored, first at byte 32 of 'dst'"
+    assert violation.message == "stored 8 elements that another program stored, first at byte 32 of 'dst', element [8]"
     assert violation.where == f"test_memory.py:{line_of(twice_kernel, 4)} in twice_kernel"
     assert session.cross_launch_overwrites == 16 + 8
 
@@ -199,21 +199,107 @@ def test_atomics_are_checked_and_no_double_store() -> None:
     assert pool.tolist() == [5] + [0] * 7
 
 
-class Recorder:
-    def __init__(self) -> None:
-        self.seen: list[tuple[str, int, int, str]] = []
+def test_a_store_between_the_rows_of_an_output_is_recorded() -> None:
+    view = torch.zeros(4, 16)[:, :8]
+    with strict_interpreter({"dst": view}) as session:
+        for row in range(3):
+            copy_kernel[(1,)](torch.ones(64), view[row], 8, 0, BLOCK=8)
+        assert session.violations == []
+        copy_kernel[(1,)](torch.ones(64), view[1], 11, 0, BLOCK=16)
+    (violation,) = session.violations
+    assert violation.kind == "stray_store"
+    assert violation.message == "stored 3 elements outside its rows, first at byte 96 of 'dst'"
 
-    def access(self, access: Access) -> None:
-        self.seen.append((access.kind, len(access.addresses), access.size, access.where()))
+
+def test_a_trace_keeps_the_unmasked_lanes_of_loads_and_who_stored_what() -> None:
+    src, dst, trace = torch.ones(16), torch.zeros(24), Trace(["src"])
+    with strict_interpreter({"src": src, "dst": dst}, outputs={"dst"}, trace=trace) as session:
+        copy_kernel[(1,)](src, dst, 5, 0, BLOCK=16)
+        twice_kernel[(1,)](dst[8:], 0)
+        assert session.writers("dst").tolist() == [1] * 5 + [0] * 3 + [2] * 16
+    (load,) = trace.loads["src"]
+    assert (load.rows[:, None] + load.cols).reshape(-1).tolist() == [src.data_ptr() + 4 * i for i in range(5)]
+    assert trace.lines[load.line] == f"test_memory.py:{line_of(copy_kernel, 3)}"
+    assert trace.programs == [Origin("copy_kernel", 0, (0, 0, 0)), Origin("twice_kernel", 1, (0, 0, 0))]
 
 
-def test_hook_sees_the_unmasked_lanes_of_every_access() -> None:
-    recorder = Recorder()
-    with strict_interpreter(hook=recorder):
-        copy_kernel[(1,)](torch.ones(16), torch.zeros(16), 5, 0, BLOCK=16)
-    first = line_of(copy_kernel, 3)
-    place = "test_memory.py:{} in copy_kernel"
-    assert recorder.seen == [("load", 5, 4, place.format(first)), ("store", 5, 4, place.format(first + 1))]
+@triton.jit
+def read_row(src, i):
+    return tl.load(src + i)
+
+
+@triton.jit
+def calling_kernel(src, dst):
+    i = tl.arange(0, 16)
+    tl.store(dst + i, read_row(src, i))
+
+
+def test_a_trace_names_the_line_of_the_load_and_of_the_kernel() -> None:
+    src, trace = torch.ones(16), Trace(["src"])
+    with strict_interpreter({"src": src, "dst": torch.zeros(16)}, trace=trace):
+        calling_kernel[(1,)](src, torch.zeros(16))
+    inner, outer = line_of(read_row, 2), line_of(calling_kernel, 3)
+    assert trace.lines == [f"test_memory.py:{inner} from test_memory.py:{outer}"]
+
+
+@triton.jit
+def pass_on_kernel(src, dst, shift, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(dst + i, tl.load(src + i + shift))
+
+
+@triton.jit
+def exchange_kernel(workspace, BLOCK: tl.constexpr):
+    pid = tl.program_id(0)
+    i = tl.arange(0, BLOCK)
+    tl.store(workspace + pid * BLOCK + i, 1.0)
+    tl.store(workspace + (2 + pid) * BLOCK + i, tl.load(workspace + (1 - pid) * BLOCK + i))
+
+
+def test_a_trace_follows_what_programs_store_and_others_load() -> None:
+    trace, workspace = Trace(["src"]), torch.zeros(64)
+    buffers = {"src": torch.ones(64), "dst": torch.zeros(64)}
+    with strict_interpreter(buffers, outputs={"dst"}, trace=trace) as session:
+        pass_on_kernel[(4,)](buffers["src"], workspace, 0, BLOCK=16)
+        pass_on_kernel[(2,)](workspace, buffers["dst"], 8, BLOCK=16)
+        writers = session.writers("dst")
+    assert session.violations == []
+    program = {origin: number for number, origin in enumerate(trace.programs, 1)}
+    first = [program[Origin("pass_on_kernel", 0, (i, 0, 0))] for i in range(4)]
+    second = [program[Origin("pass_on_kernel", 1, (i, 0, 0))] for i in range(2)]
+    assert trace.sources == {second[0]: {first[0], first[1]}, second[1]: {first[1], first[2]}}
+    assert trace.unstored == set()
+    assert writers.tolist() == [second[0]] * 16 + [second[1]] * 16 + [0] * 32
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_race_is_recorded_whatever_the_order_of_programs(seed: int) -> None:
+    workspace = torch.zeros(64)
+    with strict_interpreter({"w": workspace}, program_order_seed=seed, trace=Trace([])) as session:
+        exchange_kernel[(1,)](workspace[16:], BLOCK=16)  # one program cannot race
+        assert session.violations == []
+        exchange_kernel[(2,)](workspace, BLOCK=16)
+    (violation,) = session.violations
+    assert violation.kind == "race"
+    assert violation.message.startswith("loaded 16 elements that another program of this launch stores, first at byte ")
+    assert violation.where == f"test_memory.py:{line_of(exchange_kernel, 5)} in exchange_kernel"
+
+
+def test_atomics_order_programs_and_are_not_followed() -> None:
+    counter, trace = torch.zeros(8, dtype=torch.int32), Trace([])
+    with strict_interpreter({"counter": counter}, trace=trace) as session:
+        atomic_kernel[(5,)](counter, 0)
+    assert trace.atomics
+    assert session.violations == []
+
+
+def test_room_behind_a_buffer_may_be_loaded_and_not_more() -> None:
+    pool, dst = torch.ones(64), torch.zeros(16)
+    buffers = {"src": pool[:16], "dst": dst}
+    with strict_interpreter(buffers, outputs={"dst"}, room={"src": 4}):
+        copy_kernel[(1,)](pool[:16], dst, 16, 4, BLOCK=16)
+        with pytest.raises(OutOfBounds, match="past the end of 'src'"):
+            copy_kernel[(1,)](pool[:16], dst, 16, 5, BLOCK=16)
 
 
 def test_arguments_are_used_in_place() -> None:

@@ -338,3 +338,14 @@ def test_reports_that_cannot_be_written_are_one_message(toys: Toys) -> None:
     assert result.ret == 4
     result.stdout.fnmatch_lines(["*--reports: cannot write to *reports*"])
     assert "INTERNALERROR" not in result.stdout.str()
+
+
+def test_the_log_says_whether_accesses_were_traced(toys: Toys) -> None:
+    log = toys.pytester.path / "reports" / "latest.jsonl"
+    toys.run("toy_honest").assert_outcomes(passed=2)
+    assert {record.access for record in toys.records} == {"not traced: no Triton program ran"}
+    assert read_run(log)[0].options["no_access_trace"] is False
+    result = toys.run("toy_honest", "--no-access-trace")
+    assert {record.access for record in toys.records} == {"not traced: turned off"}
+    assert read_run(log)[0].options["no_access_trace"] is True
+    result.stdout.fnmatch_lines(["*untraced*what kernels read was not held against their contracts*"])

@@ -40,6 +40,7 @@ records = st.builds(
     explanation=st.none() | st.dictionaries(st.text(), data, max_size=3),
     worker=st.text(),
     case=st.dictionaries(st.text(), data, max_size=3),
+    access=st.text(),
 )
 headers = st.builds(
     Header,
@@ -99,7 +100,7 @@ def changed(**changes: object) -> str:
         ("{", "not JSON"),
         ("[1]", "not a record"),
         ('{"kind": "header"}', "not a record"),
-        ('{"kind": "record", "id": "a"}', "record without case, err_over_tol, explanation"),
+        ('{"kind": "record", "id": "a"}', "record without access, case, err_over_tol, explanation"),
         (changed(colour="red"), "record with unknown colour"),
         (changed(outcome="MAYBE"), "record 'a': 'MAYBE' is not a valid Outcome"),
         (changed(err_over_tol="big"), "record 'a': expected a number, got 'big'"),

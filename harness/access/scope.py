@@ -1,0 +1,207 @@
+"""Scope: what a program that serves a sequence and KV head may and must read of one buffer, as the contract has it.
+
+Invariant: decided by the case, the contract and the placement, never by what a kernel did. Places are positions of the
+sequence, or pages of it where a buffer has one entry per page.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from harness.access.grid import Grid, Ints, cache_grid
+from harness.cache.build import KVCache
+from harness.case import Case
+from harness.kernel.arguments import LaunchArguments
+from harness.kernel.contract import Contract
+from harness.problem.masks import visible_range
+
+Pair = tuple[int, int]  # sequence, KV head
+_NOWHERE = -(1 << 40)  # row of a position that has none
+
+
+class Place(NamedTuple):
+    """Where a read that was not to be went: the kind of finding, and whose that memory is."""
+
+    kind: str
+    sequence: int | None
+    kv_head: int | None
+    place: int
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of the output: the sequence of each, and the positions [first, end) that it sees."""
+
+    sequence: Ints  # [num_tokens]
+    first: Ints  # [num_tokens]
+    end: Ints  # [num_tokens]; no more than `first` where nothing is seen
+
+    @classmethod
+    def of(cls, case: Case) -> Rows:
+        sequence, first, end = [], [], []
+        for seq, (query_len, context_len) in enumerate(zip(case.rows.query_lens, case.rows.context_lens, strict=True)):
+            query_pos = torch.arange(context_len, context_len + query_len)
+            seen = visible_range(query_pos, context_len + query_len, case.causal, case.sliding_window)
+            sequence.append(np.full(query_len, seq))
+            first.append(seen[0].numpy())
+            end.append(np.maximum(seen[1].numpy(), seen[0].numpy()))
+        return cls(np.concatenate(sequence), np.concatenate(first), np.concatenate(end))
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Of one buffer. Ranges are [first, end) of places, by sequence."""
+
+    buffer: str
+    grid: Grid
+    may: tuple[tuple[int, int], ...]
+    must: tuple[tuple[int, int], ...] | None  # of these the places that its rows see; None: nothing has to be read
+    tokens_per_place: int  # where something has to be read
+    num_kv_heads: int  # 1 where KV heads share what is there
+    base: tuple[Ints, ...]  # cell of KV head 0 at each place, by sequence
+    paged: bool  # cells are (page, slot, head): see `places_per_page`
+    places_per_page: int = 1
+
+    def cells(self, pair: Pair, places: Ints) -> Ints:
+        """Cells of `places` [n] of one sequence and KV head: [n]"""
+        return self.base[pair[0]][places] + (pair[1] if self.num_kv_heads > 1 else 0)
+
+    def allowed(self, pair: Pair) -> Ints:
+        first, end = self.may[pair[0]]
+        return self.cells(pair, np.arange(first, end))
+
+    def page_and_slot(self, cell: int) -> tuple[int | None, int | None]:
+        """Physical page and slot of a cell, where it has them."""
+        if not self.paged:
+            return None, None
+        page, slot = divmod(cell // self.num_kv_heads, self.places_per_page)
+        return page, slot if self.places_per_page > 1 else None
+
+    def locate(self, cell: int, served: set[Pair]) -> Place:
+        """Whose `cell` is, seen from a program that serves `served` and was not to read it."""
+        head = cell % self.num_kv_heads if self.num_kv_heads > 1 else None
+        at = cell - (head or 0)
+        owners = [(seq, int(i)) for seq, cells in enumerate(self.base) for i in np.flatnonzero(cells == at)[:1]]
+        owners.sort(key=lambda owner: owner[1])  # an entry of the page table lies behind the rows before its own, too
+        own = [(seq, place) for seq, place in owners if any(seq == s for s, _ in served)]
+        if not owners:
+            return Place("unused_page" if self.paged else "not_handed_over", None, head, cell)
+        seq, place = (own or owners)[0]
+        if not own:
+            kind = "other_sequence"
+        elif head is not None and (seq, head) not in served:
+            kind = "other_head"
+        elif not self.paged:
+            kind = "not_handed_over"
+        else:
+            kind = "behind_end" if place >= self.may[seq][1] else "out_of_window"
+        return Place(kind, seq, head, place)
+
+
+def scopes(case: Case, contract: Contract, cache: KVCache, args: LaunchArguments) -> list[Scope]:
+    """The scopes of all buffers that have the shape they were built with and whose elements do not overlap."""
+    built = {
+        "block_table": cache.block_table,
+        "k_cache": cache.k,
+        "v_cache": cache.v,
+        "kv_block_descale": cache.kv_block_descale,
+        "k": cache.new_k,
+        "v": cache.new_v,
+    }
+    given = {name: getattr(args, name) for name in built}
+    lengths = _Lengths.of(case, contract)
+    found = []
+    for name, tensor in given.items():
+        if tensor is None or (as_built := built[name]) is None or tensor.shape != as_built.shape:
+            continue
+        if name == "block_table":
+            scope = _table(tensor, contract.over_read(name), lengths)
+        elif name in ("k_cache", "v_cache"):
+            scope = _slots(name, tensor, case, cache, contract.over_read(name), lengths)
+        elif name == "kv_block_descale":
+            scope = _descales(tensor, case, cache, lengths)
+        else:
+            scope = _new_tokens(name, tensor, case, lengths)
+        found += [scope] if scope is not None else []
+    return found
+
+
+@dataclass(frozen=True)
+class _Lengths:
+    """By sequence."""
+
+    cached: tuple[int, ...]  # leading tokens that the cache holds
+    pages: tuple[int, ...]  # that hold them
+    alive: tuple[int, ...]  # first position that is not dead, where its page begins
+
+    @classmethod
+    def of(cls, case: Case, contract: Contract) -> _Lengths:
+        lens = zip(case.rows.query_lens, case.rows.context_lens, strict=True)
+        cached = tuple(contract.content.cached_len(q, c) for q, c in lens)
+        pages = tuple(-(-n // case.page_size) for n in cached)
+        if contract.window_pages != "dead":
+            return cls(cached, pages, (0,) * len(cached))
+        rows = Rows.of(case)
+        oldest = (int(rows.first[rows.sequence == seq].min(initial=n)) for seq, n in enumerate(cached))
+        return cls(cached, pages, tuple(first // case.page_size * case.page_size for first in oldest))
+
+
+def _table(table: torch.Tensor, room: int, lengths: _Lengths) -> Scope | None:
+    """Entries of the page table. Cells go on behind the end of a row, so that an over-read is one, wherever it ends."""
+    row, entry = table.stride()
+    if entry != 1:
+        return None
+    grid = Grid.linear(table, room)
+    width, num_seqs = table.shape[1] if len(table) == 1 else row, len(lengths.pages)
+    base = tuple(np.arange(seq * width, min((seq + 2) * width + room, grid.num_cells)) for seq in range(num_seqs))
+    may = tuple((0, min(n + room, len(cells))) for n, cells in zip(lengths.pages, base, strict=True))
+    return Scope("block_table", grid, may, None, 1, 1, base, paged=True)
+
+
+def _slots(name: str, tensor: torch.Tensor, case: Case, cache: KVCache, room: int, lengths: _Lengths) -> Scope | None:
+    """Slots of K or V; with `room`, on to that many behind the cached tokens, on pages that the table row names."""
+    grid = cache_grid(tensor, case.layout, name[0])
+    if grid is None:
+        return None
+    base = []
+    for seq, (owned, cached) in enumerate(zip(cache.pages, lengths.cached, strict=True)):
+        named = cache.block_table[seq, len(owned) : -(-(cached + room) // case.page_size)].tolist()
+        known = itertools.takewhile(lambda page: 0 <= page < cache.num_pages, named)
+        pages = np.array([*owned, *known], dtype=np.int64)[:, None]
+        slots = pages * case.page_size + np.arange(case.page_size)  # [pages, page_size]
+        base.append(slots.reshape(-1) * case.num_kv_heads)
+    ends = zip(lengths.alive, lengths.cached, base, strict=True)
+    may = tuple((first, min(n + room, len(cells))) for first, n, cells in ends)
+    must = tuple((0, n) for n in lengths.cached)
+    return Scope(name, grid, may, must, 1, case.num_kv_heads, tuple(base), True, case.page_size)
+
+
+def _descales(tensor: torch.Tensor, case: Case, cache: KVCache, lengths: _Lengths) -> Scope | None:
+    grid = Grid.of(tensor, (case.num_kv_heads, 1, 0), (0, 0, 1))
+    if grid is None:
+        return None
+    base = tuple(np.array(owned, dtype=np.int64) * case.num_kv_heads for owned in cache.pages)
+    may = tuple((first // case.page_size, n) for first, n in zip(lengths.alive, lengths.pages, strict=True))
+    must = tuple((0, n) for n in lengths.pages)
+    return Scope("kv_block_descale", grid, may, must, case.page_size, case.num_kv_heads, base, paged=True)
+
+
+def _new_tokens(name: str, tensor: torch.Tensor, case: Case, lengths: _Lengths) -> Scope | None:
+    """Rows of k or v by position of their sequence; positions that have no row stand for no cell."""
+    grid = Grid.of(tensor, (case.num_kv_heads, 1, 0), (0, 0, 1))
+    if grid is None:
+        return None
+    base, may, start = [], [], 0
+    lens = zip(case.rows.query_lens, case.rows.context_lens, lengths.cached, strict=True)
+    for query_len, context_len, cached in lens:
+        position = np.arange(max(query_len + context_len, 0))
+        row = np.where(position >= context_len, start + position - context_len, _NOWHERE)
+        base.append(row * case.num_kv_heads)
+        may.append((max(cached, context_len, 0), len(position)))
+        start += query_len
+    return Scope(name, grid, tuple(may), tuple(may), 1, case.num_kv_heads, tuple(base), paged=False)
