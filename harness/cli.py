@@ -14,10 +14,12 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 from harness.errors import AttnregError, UsageError
 from harness.kernel.registry import find_kernels
+from harness.matrix.matrix import TIERS
 from harness.session import PROJECT
 
 
@@ -31,11 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     _take_kernels(check)
     audit = commands.add_parser("audit", help="how well cases see the faults their matrix lists, without running them")
     audit.add_argument("paths", nargs="*", type=Path, default=[PROJECT / "cases"])
-    audit.add_argument("--tier", default="smoke", help="tier of the matrices (default: smoke)")
+    audit.add_argument("--tier", choices=TIERS, default="smoke", help="tier of the matrices (default: smoke)")
     audit.add_argument("--every-case", action="store_true", help="print the table of case x fault as well")
     audit.add_argument("--json", type=Path, metavar="FILE", help="write everything to FILE as well")
     _take_kernels(audit)
-    audit.add_argument("--workers", type=int, default=2, help="processes (default: 2)")
+    audit.add_argument("--workers", type=_count, default=2, metavar="N", help="processes (default: 2)")
     audit.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where references are computed")
     _take_kernels(commands.add_parser("kernels", help="list kernels and their contracts"))
     commands.add_parser("plants", help="list the set-up faults that --plant injects")
@@ -75,7 +77,6 @@ def _run(arguments: list[str]) -> int:
 def _check(paths: Sequence[Path], folders: Sequence[Path]) -> int:
     from harness.items import matrix_files
     from harness.matrix.loading import load
-    from harness.matrix.matrix import TIERS
 
     kernels, mistakes = find_kernels(folders), 0
     for path in matrix_files(paths):
@@ -93,18 +94,36 @@ def _check(paths: Sequence[Path], folders: Sequence[Path]) -> int:
     return 2 if mistakes else 0
 
 
+def _count(text: str) -> int:
+    """A number of processes, as typed."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, not '{text}'")
+    return int(text)
+
+
 def _audit(options: argparse.Namespace) -> int:
     import json
 
-    from harness.items import matrix_files
-    from harness.report.audit import render_audit
-    from harness.run.audit import audit, jobs
+    import torch
 
+    from harness.items import matrix_files
+    from harness.report.audit import render_matrix, render_total
+    from harness.run.audit import AuditRow, audit, jobs
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch finds no GPU here")
+    if options.json is not None and (options.json.is_dir() or not options.json.absolute().parent.is_dir()):
+        raise UsageError(f"--json {options.json}: no file can be written there")
     work = list(jobs(matrix_files(options.paths), find_kernels(options.kernels), options.tier, options.device))
     if not work:
         raise UsageError(f"nothing to audit: no matrix with must_see has a case in tier {options.tier}")
-    rows = audit(work, workers=1 if options.device == "cuda" else options.workers)
-    sys.stdout.write(render_audit(rows, options.tier, every_case=options.every_case))
+    rows: list[AuditRow] = []
+    found = audit(work, options.kernels, workers=1 if options.device == "cuda" else options.workers)
+    for _, own in groupby(found, key=lambda row: row.matrix):
+        rows += (matrix := list(own))
+        sys.stdout.write(render_matrix(matrix, options.tier, every_case=options.every_case))
+        sys.stdout.flush()
+    sys.stdout.write(render_total(rows))
     if options.json is not None:
         data = {"tier": options.tier, "cases": [row.to_data() for row in rows]}
         options.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

@@ -44,12 +44,14 @@ def is_matrix(path: Path) -> bool:
 def matrix_files(paths: Iterable[Path]) -> list[Path]:
     """The files among `paths`, and the matrices in the folders among them, sorted.
 
-    Raises UsageError for a path that is not there and for a folder without a matrix.
+    Raises UsageError for a path that is not there, a file that is no matrix and a folder without one.
     """
     found: list[Path] = []
     for path in paths:
         if not path.exists():
             raise UsageError(f"{path}: no such file or folder")
+        if path.is_file() and (path.name == SHARED_ROWS or path.suffix not in _YAML):
+            raise UsageError(f"{path}: not a matrix")
         inside = sorted(filter(is_matrix, path.rglob("*.y*ml"))) if path.is_dir() else [path]
         if not inside:
             raise UsageError(f"{path}: no matrix in this folder")

@@ -14,6 +14,8 @@ has out 0 and lse -inf, or the sink.
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 
 from references.batches import CAUSAL_TILE_ROWS, Batch, batches
@@ -34,10 +36,14 @@ def attend(
     inputs: AttentionInputs,
     rounding: Rounding,
     *,
+    positions: tuple[tuple[int, ...], ...] | None = None,
     max_elements: int = DEFAULT_MAX_ELEMENTS,
     moment_dtype: torch.dtype | None = None,
 ) -> AttentionReference:
     """Reference attention of `inputs`, on the device of q.
+
+    `positions` are those of the queries of each sequence, ascending and below its seq_len, where they are not its last
+    query_len ones: a sample of rows has the same result, row by row, as all of them.
 
     `moment_dtype` is what moments are summed from: float64 (exact, the default on CPUs) or bfloat16 (the default on
     GPUs: matrix units make it nearly free). The latter are upper bounds, too large by at most 5 % (2.5 % after the
@@ -50,8 +56,8 @@ def attend(
     """
     if moment_dtype is None:
         moment_dtype = torch.bfloat16 if inputs.q.is_cuda else torch.float64
-    result = _Result(inputs, rounding)
-    for batch in batches(inputs, max_elements):
+    result = _Result(inputs, rounding, positions)
+    for batch in batches(inputs, max_elements, positions):
         _attend_batch(inputs, result, batch, max_elements, moment_dtype)
     return result.finished()
 
@@ -59,8 +65,10 @@ def attend(
 class _Result:
     """What attend fills in, tile by tile; begins as the result of rows that see nothing."""
 
-    def __init__(self, inputs: AttentionInputs, rounding: Rounding) -> None:
-        self.inputs, self.rounding = inputs, rounding
+    def __init__(
+        self, inputs: AttentionInputs, rounding: Rounding, positions: tuple[tuple[int, ...], ...] | None
+    ) -> None:
+        self.inputs, self.rounding, self.positions = inputs, rounding, positions
         num_tokens, num_q_heads, _ = inputs.q.shape
         num_kv_heads, head_size_v = inputs.v.shape[1:]
         new = inputs.q.new_zeros
@@ -79,7 +87,7 @@ class _Result:
     def finished(self) -> AttentionReference:
         inputs, device = self.inputs, self.inputs.q.device
         group = inputs.q.shape[1] // inputs.k.shape[1]
-        visible, sequence = (x.to(device) for x in _visible(inputs))
+        visible, sequence = (x.to(device) for x in _visible(inputs, self.positions))
         per_sequence = torch.cat((self.largest, key_repeats(inputs.k, inputs.seq_lens)[None]))
         per_token = per_sequence[:, sequence].repeat_interleave(group, dim=2) * (visible > 0)[:, None]
         longest_key, longest_square, max_abs_v, repeats = per_token  # [num_tokens, num_q_heads] each
@@ -109,13 +117,18 @@ def _norms(vectors: torch.Tensor) -> torch.Tensor:
     return torch.stack((norm(wide, dim=-1), norm(wide.square_(), dim=-1)))
 
 
-def _visible(inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
+def _visible(
+    inputs: AttentionInputs, positions: tuple[tuple[int, ...], ...] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """How many keys each token sees, and its sequence: int64 [num_tokens] each, on the CPU."""
     lens = torch.tensor((inputs.query_lens, inputs.seq_lens), dtype=torch.int64)  # [2, num_seqs]
     sequence = torch.repeat_interleave(torch.arange(lens.shape[1]), lens[0])
-    start = lens[0].cumsum(0) - lens[0]
     seq_len = lens[1][sequence]
-    position = torch.arange(len(sequence)) - (start + lens[0] - lens[1])[sequence]
+    if positions is None:
+        start = lens[0].cumsum(0) - lens[0]
+        position = torch.arange(len(sequence)) - (start + lens[0] - lens[1])[sequence]
+    else:
+        position = torch.tensor(list(chain(*positions)), dtype=torch.int64)
     end = torch.minimum(position + 1, seq_len) if inputs.causal else seq_len
     first = torch.zeros_like(end) if inputs.sliding_window is None else position - inputs.sliding_window + 1
     return (end - first.clamp(min=0)).clamp(min=0), sequence
@@ -156,7 +169,8 @@ def _by_head(values: torch.Tensor) -> torch.Tensor:
 
 def _widest_span(inputs: AttentionInputs, batch: Batch) -> int:
     """Upper bound on the number of keys of any tile."""
-    if inputs.sliding_window is None or not inputs.causal:
+    consecutive = all(isinstance(s.positions, range) for s in batch.sequences)
+    if inputs.sliding_window is None or not inputs.causal or not consecutive:
         return batch.num_keys
     return min(batch.num_keys, inputs.sliding_window + min(batch.num_rows, CAUSAL_TILE_ROWS))
 

@@ -25,11 +25,14 @@ class Sequence:
 
     index: int
     token: int  # first such row, packed
-    num_rows: int
-    position: int  # of the first such row
+    positions: range | tuple[int, ...]  # of such rows, ascending; a range where they are consecutive
     key: int  # first key, packed
     seq_len: int
     cached_len: int  # keys below it are treated apart; 0 where none are
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.positions)
 
 
 @dataclass(frozen=True)
@@ -71,12 +74,17 @@ class Batch:
             packed[first + rows.start : first + rows.stop, heads] = values[0]
 
 
-def batches(inputs: AttentionInputs, max_elements: int) -> Iterator[Batch]:
-    """Batches of `inputs`; one of several sequences has at most `max_elements` scores, keys or values."""
+def batches(
+    inputs: AttentionInputs, max_elements: int, positions: tuple[tuple[int, ...], ...] | None = None
+) -> Iterator[Batch]:
+    """Batches of `inputs`; one of several sequences has at most `max_elements` scores, keys or values.
+
+    `positions` of the queries of each sequence, ascending; its last ones unless given.
+    """
     spare = SPARE_ON_GPU
     if inputs.q.device.type == "cpu":
         spare, max_elements = SPARE_ON_CPU, min(max_elements, LARGEST_ON_CPU)
-    waiting = sorted(_sequences(inputs), key=lambda s: (s.cached_len, s.num_rows, s.seq_len))
+    waiting = sorted(_sequences(inputs, positions), key=lambda s: (s.cached_len, s.num_rows, s.seq_len))
     while waiting:
         taken = 1
         while taken < len(waiting) and _fits(inputs, waiting[: taken + 1], max_elements, spare):
@@ -85,22 +93,22 @@ def batches(inputs: AttentionInputs, max_elements: int) -> Iterator[Batch]:
         del waiting[:taken]
 
 
-def _sequences(inputs: AttentionInputs) -> Iterator[Sequence]:
+def _sequences(inputs: AttentionInputs, positions: tuple[tuple[int, ...], ...] | None) -> Iterator[Sequence]:
     tokens, keys = accumulate((0, *inputs.query_lens)), accumulate((0, *inputs.seq_lens))
     cached_lens = inputs.cached_lens or (0,) * len(inputs.seq_lens)
     for index, (token, key) in enumerate(zip(tokens, keys, strict=True)):
         if index == len(inputs.seq_lens):
             return
         query_len, seq_len = inputs.query_lens[index], inputs.seq_lens[index]
-        blind = max(query_len - seq_len, 0) if inputs.causal else 0
+        own = range(seq_len - query_len, seq_len) if positions is None else positions[index]
+        blind = sum(position < 0 for position in own) if inputs.causal else 0
         if seq_len and blind < query_len:
-            position = seq_len - query_len + blind
-            yield Sequence(index, token + blind, query_len - blind, position, key, seq_len, cached_lens[index])
+            yield Sequence(index, token + blind, own[blind:], key, seq_len, cached_lens[index])
 
 
 def _fits(inputs: AttentionInputs, sequences: list[Sequence], max_elements: int, spare: int) -> bool:
     """Whether padding `sequences` to a common size wastes little and keeps temporaries within max_elements."""
-    if len({s.cached_len for s in sequences}) > 1:
+    if len({s.cached_len for s in sequences}) > 1 or not all(isinstance(s.positions, range) for s in sequences):
         return False
     num_q_heads, head_size = inputs.q.shape[1:]
     num_kv_heads, head_size_v = inputs.v.shape[1:]

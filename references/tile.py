@@ -73,18 +73,19 @@ def make_tile(inputs: AttentionInputs, batch: Batch, rows: slice, kv_heads: slic
     limits = []  # what the first and the last row of each sequence see
     for s in batch.sequences:
         for row in (min(rows.start, s.num_rows - 1), min(rows.stop, s.num_rows) - 1):
-            position = s.position + row
+            position = s.positions[row]
             first = 0 if inputs.sliding_window is None else max(position - inputs.sliding_window + 1, 0)
             limits.append((first, min(position + 1, s.seq_len) if inputs.causal else s.seq_len))
     firsts, ends = zip(*limits, strict=True)
     device = inputs.q.device
     row = torch.arange(rows.start, rows.stop, device=device)[None]  # [1, num_rows]
     if batch.num_seqs > 1:
-        facts = torch.tensor([(s.position, s.num_rows, s.seq_len) for s in batch.sequences]).to(device)
+        facts = torch.tensor([(s.positions[0], s.num_rows, s.seq_len) for s in batch.sequences]).to(device)
         positions = facts[:, 0:1] + torch.minimum(row, facts[:, 1:2] - 1)
         end: torch.Tensor = facts[:, 2:3].expand_as(positions)
     else:
-        positions = row + batch.sequences[0].position
+        own = batch.sequences[0].positions
+        positions = row + own[0] if isinstance(own, range) else torch.tensor([own[rows]], device=device)
         end = torch.full_like(positions, batch.num_keys)
     first = torch.zeros_like(positions)
     if inputs.sliding_window is not None:

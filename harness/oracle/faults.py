@@ -16,7 +16,7 @@ import torch
 
 from harness.cache.content import Content
 from harness.case import Case
-from harness.oracle.scene import Outcome, Rows, Scene, per_head, seen_at
+from harness.oracle.scene import PLACES, Outcome, Rows, Scene, per_head, seen_at
 
 GAIN = 1.02  # of the faults that scale: about what the descales of two neighbouring pages differ by
 SPLIT_TILES = (16, 64)  # keys per tile of a split: kernels give whole tiles to a split
@@ -80,34 +80,13 @@ def _causal(step: int) -> Change:
     return change
 
 
-def cached_pages(scene: Scene) -> range:
-    """Pages of the sequence, by number, with a cached token that some query may see."""
-    window = scene.case.sliding_window
-    oldest = 0 if window is None else max(scene.first_pos - window + 1, 0)
-    if oldest >= scene.cached_len:
-        return range(0)
-    return range(oldest // scene.case.page_size, (scene.cached_len - 1) // scene.case.page_size + 1)
-
-
-def _slots(scene: Scene, page: int) -> slice:
-    """The cached tokens of a page."""
-    return slice(page * scene.case.page_size, min((page + 1) * scene.case.page_size, scene.cached_len))
-
-
-PLACES: Mapping[str, Callable[[range], int]] = {
-    "first page": lambda pages: pages[0],
-    "middle page": lambda pages: pages[len(pages) // 2],
-    "last page": lambda pages: pages[-1],
-}
-
-
 def _page_swap(place: Callable[[range], int]) -> Change:
     def change(scene: Scene) -> Rows | None:
-        pages = cached_pages(scene)
+        pages = scene.cached_pages
         if not pages or scene.cached_len <= scene.case.page_size:
             return None
         page = place(pages)
-        there, source = _slots(scene, page), _slots(scene, page - 1 if page else page + 1)
+        there, source = scene.slots(page), scene.slots(page - 1 if page else page + 1)
         count = there.stop - there.start
         if source.stop - source.start < count:
             return None  # what lies behind the newest token is poison: read in place of a token, it is never quiet
@@ -121,11 +100,11 @@ def _page_swap(place: Callable[[range], int]) -> Change:
 
 def _k_descale(place: Callable[[range], int]) -> Change:
     def change(scene: Scene) -> Rows | None:
-        pages = cached_pages(scene)
+        pages = scene.cached_pages
         if not pages:
             return None
         dots = scene.rows.dots.clone()
-        dots[..., _slots(scene, place(pages))] *= GAIN
+        dots[..., scene.slots(place(pages))] *= GAIN
         return replace(scene.rows, dots=dots)
 
     return change
@@ -133,18 +112,18 @@ def _k_descale(place: Callable[[range], int]) -> Change:
 
 def _v_descale(place: Callable[[range], int]) -> Change:
     def change(scene: Scene) -> Rows | None:
-        pages = cached_pages(scene)
+        pages = scene.cached_pages
         if not pages:
             return None
         v = scene.rows.v.clone()
-        v[:, _slots(scene, place(pages))] *= GAIN
+        v[:, scene.slots(place(pages))] *= GAIN
         return replace(scene.rows, v=v)
 
     return change
 
 
 def _k_scale_dropped(scene: Scene) -> Rows | None:
-    if not cached_pages(scene):
+    if not scene.cached_pages:
         return None
     dots = scene.rows.dots.clone()
     cached = scene.dots(scene.key_payload[: scene.cached_len], scene.kv_heads)
@@ -153,7 +132,7 @@ def _k_scale_dropped(scene: Scene) -> Rows | None:
 
 
 def _v_scale_dropped(scene: Scene) -> Rows | None:
-    if not cached_pages(scene):
+    if not scene.cached_pages:
         return None
     v = scene.rows.v.clone()
     v[:, : scene.cached_len] = per_head(scene.value_payload[: scene.cached_len], scene.kv_heads)

@@ -11,18 +11,28 @@ seldom exactly its model. Of a fault with a size of its own (`Fault.graded`) no 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from harness.cache.content import Content
+from harness.kernel.numerics import NumericsProfile
 from harness.oracle.faults import FAULT_MODELS
-from harness.oracle.scene import Batch, Outcome, Rows, Scene, scenes
-from harness.oracle.tolerance import Tolerance
+from harness.oracle.scene import Batch, Outcome, Rows, Scene
+from harness.oracle.scene_sampling import scenes
+from harness.oracle.tolerance import Tolerance, rounding_of, tolerance
+from references.attention import attend
 
 MARGIN = 8.0
 CERTAIN = 2.0
+
+Allowed = Callable[[Scene], Tolerance]  # of a scene alone: out [rows, heads, head_size_v], lse [rows, heads]
+
+
+def wanted(fault: str, margin: float) -> float:
+    """The least effect by which `fault` counts as seen where a matrix demands `margin`."""
+    return min(margin, CERTAIN) if FAULT_MODELS[fault].graded else margin
 
 
 @dataclass(frozen=True)
@@ -36,8 +46,7 @@ class Effect:
 
     def seen(self, margin: float) -> bool:
         """Whether the case sees the fault by `margin`, or cannot have it."""
-        asked = min(margin, CERTAIN) if FAULT_MODELS[self.fault].graded else margin
-        return self.size is None or self.size >= asked
+        return self.size is None or self.size >= wanted(self.fault, margin)
 
 
 @dataclass(frozen=True)
@@ -49,21 +58,22 @@ class Blindness:
 
 
 def observe(
-    batch: Batch, content: Content, allowed: Tolerance, faults: Sequence[str], *, with_lse: bool
+    batch: Batch, content: Content, allowed: Allowed, faults: Sequence[str], *, with_lse: bool
 ) -> tuple[Effect, ...]:
     """The effect of each of `faults` (names of harness.matrix.matrix.FAULTS) on `batch`, in their order.
 
-    `with_lse`: whether the kernel returns an LSE, which sees some faults best. One synchronisation with the device.
+    `with_lse`: whether the kernel returns an LSE, which sees some faults best. Memory: that of one scene at a time,
+    a few temporaries of MAX_ELEMENTS.
     """
     excuses = {name: FAULT_MODELS[name].excuse(batch.case, content) for name in faults}
-    shown = [_Shown(scene, allowed, with_lse) for scene in scenes(batch)]
     sizes: dict[tuple[str, str], torch.Tensor] = {}
-    for name in faults:
-        if excuses[name] is None:
-            for label, change in FAULT_MODELS[name].variants.items():
-                found = [view.effect(changed) for view in shown if (changed := change(view.scene)) is not None]
-                if found:
-                    sizes[name, label] = torch.stack(found).amax()
+    for scene in scenes(batch):
+        view = _Shown(scene, allowed(scene), with_lse)
+        for name in faults:
+            for label, change in FAULT_MODELS[name].variants.items() if excuses[name] is None else ():
+                if (changed := change(scene)) is not None:
+                    size = view.effect(changed)
+                    sizes[name, label] = torch.maximum(sizes.get((name, label), size), size)
     numbers = dict(zip(sizes, torch.stack(list(sizes.values())).tolist(), strict=True)) if sizes else {}
     return tuple(_weakest(name, excuses[name], numbers) for name in faults)
 
@@ -80,10 +90,9 @@ class _Shown:
     """A scene and the tolerances of its rows."""
 
     def __init__(self, scene: Scene, allowed: Tolerance, with_lse: bool) -> None:
-        heads = list(scene.q_heads)
         self.scene = scene
-        self.out = allowed.out[scene.tokens][:, heads].transpose(0, 1)  # [heads, rows, head_size_v]
-        self.lse = allowed.lse[scene.tokens][:, heads].T if with_lse else None  # [heads, rows]
+        self.out = allowed.out.transpose(0, 1)  # [heads, rows, head_size_v]
+        self.lse = allowed.lse.T if with_lse else None  # [heads, rows]
 
     def effect(self, changed: Rows | Outcome) -> torch.Tensor:
         """Largest change in units of tolerance: float64 []."""
@@ -125,6 +134,42 @@ def blind_to(
     return tuple(found)
 
 
-def fixed_tolerance(out: torch.Tensor, atol: float, rtol: float) -> Tolerance:
-    """The tolerance of a suite that picks it by hand, on outputs `out` [num_tokens, num_q_heads, head_size_v]."""
-    return Tolerance(atol + rtol * out.abs(), torch.full(out.shape[:2], math.inf, device=out.device))
+def known_tolerance(whole: Tolerance) -> Allowed:
+    """That of the whole batch, where it has been computed."""
+
+    def allowed(scene: Scene) -> Tolerance:
+        heads = list(scene.q_heads)
+        return replace(whole, out=whole.out[scene.tokens][:, heads], lse=whole.lse[scene.tokens][:, heads])
+
+    return allowed
+
+
+def sampled_tolerance(profile: NumericsProfile, *, structured: bool) -> Allowed:
+    """The same without the reference of the whole batch, of which a sample costs a small part.
+
+    It may be larger by a few percent for some rows, as the bound on logits looks at keys hidden from them as well.
+    """
+
+    def allowed(scene: Scene) -> Tolerance:
+        q_dtype = scene.case.dtype
+        reference = attend(scene.alone(), rounding_of(profile, q_dtype), positions=(scene.positions,))
+        return tolerance(reference, profile, q_dtype, scene.case.head_size, structured=structured)
+
+    return allowed
+
+
+def fixed_tolerance(atol: float, rtol: float) -> Allowed:
+    """The tolerance of a suite that picks it by hand."""
+
+    def allowed(scene: Scene) -> Tolerance:
+        out = scene.right.out.transpose(0, 1)  # [rows, heads, head_size_v]
+        return Tolerance(atol + rtol * out.abs(), torch.full(out.shape[:2], math.inf, device=out.device))
+
+    return allowed
+
+
+def magnitudes(batch: Batch, allowed: Allowed) -> tuple[float, float]:
+    """The largest |output| of the sampled rows, and their median tolerance (of medians by scene)."""
+    found = [(scene.right.out.abs().amax(), allowed(scene).out.median()) for scene in scenes(batch)]
+    outputs, granted = (torch.stack(column) for column in zip(*found, strict=True))
+    return float(outputs.amax()), float(granted.median())

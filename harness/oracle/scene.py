@@ -1,13 +1,13 @@
-"""Scene: some query rows of one sequence, laid open so that a fault can change one thing in them.
+"""Scene: some query rows and heads of one sequence, laid open so that a fault can change one thing in them.
 
-Invariant: an unchanged scene gives the reference's output and LSE on its rows; a sample of rows can only make a fault
-look smaller than it is, never larger.
+Invariant: an unchanged scene gives the reference's output and LSE on its rows; nothing of [heads, ...] is computed
+before it is asked for, so that a scene of all heads is cheap to choose heads from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -16,17 +16,18 @@ from harness.cache.content import is_decode
 from harness.case import Case
 from references.attention import AttentionInputs
 
-MAX_ROWS = 32  # of one sequence
-MAX_HEADS = 8
-MAX_SEQUENCES = 8
+PLACES: Mapping[str, Callable[[range], int]] = {  # pages of a sequence that faults strike, of those with cached tokens
+    "first page": lambda pages: pages[0],
+    "middle page": lambda pages: pages[len(pages) // 2],
+    "last page": lambda pages: pages[-1],
+}
 
 
 @dataclass(frozen=True)
-class Rows:
-    """All that attention over the sampled rows is computed from; float64."""
+class Scores:
+    """All that the probabilities of the sampled rows are computed from."""
 
     dots: torch.Tensor  # [heads, rows, keys] softmax_scale * q . k
-    v: torch.Tensor  # [heads, keys, head_size_v]
     seen: torch.Tensor  # bool [rows, keys]
     distance: torch.Tensor  # int64 [rows, keys] key position minus query position
     soft_cap: float | None
@@ -46,6 +47,13 @@ class Rows:
         if self.sinks is not None:
             lse = torch.logaddexp(lse, self.sinks[:, None])
         return (scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None]).exp_(), lse
+
+
+@dataclass(frozen=True)
+class Rows(Scores):
+    """All that attention over the sampled rows is computed from; float64."""
+
+    v: torch.Tensor  # [heads, keys, head_size_v]
 
     def outcome(self) -> Outcome:
         p, lse = self.weights
@@ -76,7 +84,9 @@ class Scene:
     """Sampled rows and heads of one sequence. `q` holds the softmax scale already."""
 
     case: Case
-    inputs: AttentionInputs  # of the whole batch, for what is alike in all sequences
+    inputs: AttentionInputs  # of the whole batch
+    seq: int  # which sequence of it
+    first_key: int  # of the sequence, packed
     q: torch.Tensor  # [heads, rows, head_size] float64
     q_cached: torch.Tensor | None  # [heads, rows, head_size] float64, instead of q for cached keys
     distance: torch.Tensor  # int64 [rows, keys] key position minus query position
@@ -101,6 +111,25 @@ class Scene:
     def decodes(self) -> bool:
         return is_decode(self.query_len)
 
+    @property
+    def cached_pages(self) -> range:
+        """Pages of the sequence, by number, with a cached token that some query may see."""
+        window = self.case.sliding_window
+        oldest = 0 if window is None else max(self.first_pos - window + 1, 0)
+        if oldest >= self.cached_len:
+            return range(0)
+        return range(oldest // self.case.page_size, (self.cached_len - 1) // self.case.page_size + 1)
+
+    def slots(self, page: int) -> slice:
+        """The cached tokens of a page."""
+        return slice(page * self.case.page_size, min((page + 1) * self.case.page_size, self.cached_len))
+
+    def of_heads(self, q_heads: Sequence[int]) -> Scene:
+        """The same rows of fewer heads; this scene must hold every query head."""
+        chosen = list(q_heads)
+        q_cached = None if self.q_cached is None else self.q_cached[chosen]
+        return replace(self, q=self.q[chosen], q_cached=q_cached, q_heads=tuple(q_heads))
+
     def seen_spans(self) -> list[tuple[int, int]]:
         """First and last key that each sampled row sees; rows that see none are left out."""
         window = self.case.sliding_window
@@ -109,6 +138,24 @@ class Scene:
             for pos in self.positions
         ]
         return [(first, last) for first, last in spans if first <= last]
+
+    def alone(self) -> AttentionInputs:
+        """What attention over nothing but this scene needs, beside `positions`; a KV head for every query head."""
+        inputs, heads = self.inputs, list(self.q_heads)
+        keys = slice(self.first_key, self.first_key + self.seq_len)
+        return replace(
+            inputs,
+            q=inputs.q[self.tokens][:, heads],
+            k=self.k[:, self.kv_heads],
+            v=self.v[:, self.kv_heads],
+            query_lens=(len(self.positions),),
+            seq_lens=(self.seq_len,),
+            alibi_slopes=None if inputs.alibi_slopes is None else inputs.alibi_slopes[heads],
+            sinks=None if inputs.sinks is None else inputs.sinks[heads],
+            q_cached=None if inputs.q_cached is None else inputs.q_cached[self.tokens][:, heads],
+            cached_lens=None if inputs.cached_lens is None else (inputs.cached_lens[self.seq],),
+            weight_scale=None if inputs.weight_scale is None else inputs.weight_scale[keys][:, self.kv_heads],
+        )
 
     @cached_property
     def rows(self) -> Rows:
@@ -142,85 +189,7 @@ def per_head(tensor: torch.Tensor, kv_heads: Sequence[int]) -> torch.Tensor:
     return tensor[:, list(kv_heads)].double().transpose(0, 1)
 
 
-def scenes(batch: Batch) -> list[Scene]:
-    """Scenes of the sequences of `batch` that have keys, of at most MAX_SEQUENCES spread over their lengths."""
-    inputs = batch.inputs
-    starts = [(0, 0)]
-    for query_len, seq_len in zip(inputs.query_lens, inputs.seq_lens, strict=True):
-        starts.append((starts[-1][0] + query_len, starts[-1][1] + max(seq_len, 0)))
-    lens = list(zip(inputs.query_lens, inputs.seq_lens, strict=True))
-    with_keys = sorted((seq for seq, (_, n) in enumerate(lens) if n > 0), key=lambda seq: (lens[seq][0] > 1, lens[seq]))
-    return [_scene(batch, seq, *starts[seq]) for seq in _spread(with_keys, MAX_SEQUENCES)]
-
-
-def _scene(batch: Batch, seq: int, first_token: int, first_key: int) -> Scene:
-    case, inputs = batch.case, batch.inputs
-    query_len, seq_len = inputs.query_lens[seq], inputs.seq_lens[seq]
-    keys = slice(first_key, first_key + seq_len)
-    device = inputs.q.device
-    q_heads = _sampled_heads(case, inputs.alibi_slopes)
-    first_pos = seq_len - query_len
-    sampled = _sampled_rows(case, first_pos, query_len)
-    chosen = torch.tensor(sampled, device=device)  # [rows]
-    tokens = first_token + chosen
-
-    def queries(q: torch.Tensor) -> torch.Tensor:
-        return q[tokens][:, list(q_heads)].double().transpose(0, 1) * inputs.softmax_scale
-
-    return Scene(
-        case=case,
-        inputs=inputs,
-        q=queries(inputs.q),
-        q_cached=None if inputs.q_cached is None else queries(inputs.q_cached),
-        distance=torch.arange(seq_len, device=device) - (first_pos + chosen)[:, None],
-        k=inputs.k[keys],
-        v=inputs.v[keys],
-        key_payload=batch.key_payload[keys],
-        value_payload=batch.value_payload[keys],
-        q_heads=q_heads,
-        positions=tuple(first_pos + row for row in sampled),
-        tokens=tokens,
-        first_pos=first_pos,
-        query_len=query_len,
-        seq_len=seq_len,
-        cached_len=min(batch.cached_lens[seq], seq_len),
-    )
-
-
 def seen_at(distance: torch.Tensor, causal: bool, window: int | None, ahead: int = 0) -> torch.Tensor:
     """bool, as `distance` (key minus query position): whether the key is seen; `ahead` moves the causal edge."""
     seen = distance <= ahead if causal else torch.ones_like(distance, dtype=torch.bool)
     return seen if window is None else seen & (distance > -window)
-
-
-def _sampled_heads(case: Case, slopes: torch.Tensor | None) -> tuple[int, ...]:
-    """At most MAX_HEADS query heads, the first and last KV head's among them, and the one that ALiBi bends least.
-
-    Head 1 is one that a mapping by modulo moves, wherever there is anything to map.
-    """
-    heads, group = case.num_q_heads, case.gqa_ratio
-    wanted = [0, 1, group - 1, heads - group, heads - 1]
-    if slopes is not None:
-        wanted.append(int(slopes.argmin()))
-    wanted += _spread(range(heads), MAX_HEADS)
-    return tuple(sorted(list(dict.fromkeys(head for head in wanted if head < heads))[:MAX_HEADS]))
-
-
-def _sampled_rows(case: Case, first_pos: int, query_len: int) -> list[int]:
-    """Numbers of at most MAX_ROWS rows of a sequence: the first, the newest, and those at edges of pages and window."""
-    if query_len <= MAX_ROWS:
-        return list(range(query_len))
-    positions = range(first_pos, first_pos + query_len)
-    page, window = case.page_size, case.sliding_window
-    edges = [row for row, pos in enumerate(positions) if pos % page in (0, page - 1)]
-    if window is not None:
-        edges = [row for row, pos in enumerate(positions) if window - 1 <= pos <= window + 1] + edges
-    wanted = [*range(4), *range(query_len - 8, query_len), *_spread(edges, 12), *_spread(list(range(query_len)), 8)]
-    return sorted(dict.fromkeys(wanted))
-
-
-def _spread(items: Sequence[int], count: int) -> list[int]:
-    """At most `count` of `items`, evenly spread, the first and the last among them."""
-    if len(items) <= count:
-        return list(items)
-    return [items[i * (len(items) - 1) // (count - 1)] for i in range(count)]

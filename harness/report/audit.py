@@ -15,29 +15,37 @@ MOST_BLIND = 20  # blind cases told one by one
 _WIDTH = 80
 
 
-def render_audit(rows: Sequence[AuditRow], tier: str, *, every_case: bool = False) -> str:
-    """The whole report; `every_case` adds a table of case x fault per matrix."""
+def render_matrix(rows: Sequence[AuditRow], tier: str, *, every_case: bool = False) -> str:
+    """The cases of one matrix; `every_case` adds a table of case x fault."""
+    blind = sum(row.blind for row in rows)
+    counts = f"{_cases_of(len(rows))} of tier {tier}, {blind} blind"
+    lines = [f"{rows[0].matrix}  {counts}  (effects in units of the tolerance)"]
+    lines += [*_faults(rows), *_descale_errors(rows), *(_cases(rows) if every_case else ())]
+    return "\n".join(lines) + "\n\n"
+
+
+def render_total(rows: Sequence[AuditRow]) -> str:
+    """What is blind among the cases of all matrices, and how many effects were looked at."""
     lines: list[str] = []
-    for matrix in dict.fromkeys(row.matrix for row in rows):
-        own = [row for row in rows if row.matrix == matrix]
-        blind = sum(row.blind for row in own)
-        lines += [f"{matrix}  {len(own)} cases of tier {tier}, {blind} blind  (effects in units of the tolerance)"]
-        lines += [*_faults(own), *_descale_errors(own)]
-        if every_case:
-            lines += _cases(own)
-        lines.append("")
     blind_rows = [row for row in rows if row.blind]
     for row in blind_rows[:MOST_BLIND]:
         lines += _blind(row)
     if len(blind_rows) > MOST_BLIND:
         lines.append(f"... and {len(blind_rows) - MOST_BLIND} more blind cases")
-    lines.append(f"{len(rows)} cases, {len(blind_rows)} blind")
+    effects = sum(size is not None for row in rows for size in row.margins.values())
+    unseen = sum(len(row.unseen) for row in rows)
+    total = f"{_cases_of(len(rows))}, {len(blind_rows)} blind"
+    lines.append(f"{total}: {unseen} of {effects:,} effects below what is wanted")
     return "\n".join(lines) + "\n"
 
 
+def _cases_of(count: int) -> str:
+    return f"{count:,} case" + ("s" if count != 1 else "")
+
+
 def _faults(rows: Sequence[AuditRow]) -> Iterator[str]:
-    """One line per fault: cases that can have it, blind ones, the least and the median effect, laws that would show."""
-    yield f"  {'fault':<14}{'cases':>6}{'blind':>6}{'least':>9}{'median':>9}  cheapest law for the blind"
+    """One line per fault: cases that can have it, blind ones, effects wanted, least and median, laws that show it."""
+    yield f"  {'fault':<14}{'cases':>6}{'blind':>6}{'wanted':>8}{'least':>9}{'median':>9}  cheapest law for the blind"
     for fault in rows[0].margins:
         sizes = [size for row in rows if (size := row.margins[fault]) is not None]
         blind = [row for row in rows if fault in row.unseen]
@@ -45,7 +53,7 @@ def _faults(rows: Sequence[AuditRow]) -> Iterator[str]:
             yield f"  {fault:<14}{'none':>6}"
             continue
         laws = ", ".join(dict.fromkeys(row.laws.get(fault, "none") for row in blind))
-        numbers = f"{len(sizes):>6}{len(blind):>6}{min(sizes):>9.3g}{median(sizes):>9.3g}"
+        numbers = f"{len(sizes):>6}{len(blind):>6}{rows[0].wanted[fault]:>8.3g}{min(sizes):>9.3g}{median(sizes):>9.3g}"
         yield f"  {fault:<14}{numbers}  {laws}".rstrip()
 
 

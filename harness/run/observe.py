@@ -16,15 +16,22 @@ from harness.errors import LawError
 from harness.kernel.contract import Contract
 from harness.matrix.matrix import FAULTS
 from harness.oracle.faults import FAULT_MODELS
-from harness.oracle.observability import MARGIN, Effect, fixed_tolerance, observe
+from harness.oracle.observability import (
+    MARGIN,
+    Allowed,
+    Effect,
+    fixed_tolerance,
+    magnitudes,
+    observe,
+    sampled_tolerance,
+)
 from harness.oracle.scene import Batch
-from harness.oracle.tolerance import Tolerance, tolerance
 from harness.problem.admission import law_refusal
 from harness.problem.problem import build_problem
-from harness.run.reference import build_reference, reference_inputs
+from harness.run.reference import reference_inputs
 from harness.run.setup import Setup, build_arguments
 from harness.triage.explain import explain_blind
-from references.attention import AttentionReference
+from references.attention import AttentionInputs
 
 LAWS = ("normal", "probe", "negative", "uniform", "outliers")  # what `data: auto` chooses from, the cheapest first
 
@@ -69,22 +76,28 @@ class LawChoice:
 
 
 def observe_setup(
-    setup: Setup, contract: Contract, reference: AttentionReference, allowed: Tolerance, demand: Demand
+    setup: Setup, inputs: AttentionInputs, contract: Contract, demand: Demand, allowed: Allowed | None = None
 ) -> Observation:
-    """What `setup` shows of `demand`, by the tolerances `allowed` around `reference`."""
+    """What `setup`, of which a right kernel sees `inputs`, shows of `demand`, by the tolerances `allowed`.
+
+    Unless given, they are what `demand` implies: a reference is computed for the sampled rows and heads, if at all.
+    """
     problem, cache, case = setup.problem, setup.cache, setup.problem.case
     lens = zip(case.rows.query_lens, case.rows.context_lens, strict=True)
     batch = Batch(
         case=case,
-        inputs=reference_inputs(problem, cache, contract),
+        inputs=inputs,
         cached_lens=tuple(contract.content.cached_len(query_len, context_len) for query_len, context_len in lens),
         key_payload=cache.key_payload,
         value_payload=cache.value_payload,
     )
+    if allowed is None:
+        sampled = sampled_tolerance(contract.numerics, structured=problem.structured)
+        allowed = sampled if demand.legacy is None else fixed_tolerance(*demand.legacy)
     with_lse = contract.returns_lse and demand.legacy is None
     effects = observe(batch, contract.content, allowed, demand.must_see, with_lse=with_lse)
     unseen = demand.unseen(effects)
-    return Observation(case, effects, unseen, _facts(setup, reference, allowed, unseen) if unseen else ())
+    return Observation(case, effects, unseen, _facts(setup, batch, allowed, unseen) if unseen else ())
 
 
 def observe_case(case: Case, contract: Contract, demand: Demand, device: torch.device | str) -> Observation:
@@ -93,13 +106,7 @@ def observe_case(case: Case, contract: Contract, demand: Demand, device: torch.d
     Raises LawError or PlacementError where the case cannot be built.
     """
     setup = build_arguments(build_problem(case, device), contract)
-    reference = build_reference(setup.problem, setup.cache, contract)
-    if demand.legacy is None:
-        structured = setup.problem.structured
-        allowed = tolerance(reference, contract.numerics, case.dtype, case.head_size, structured=structured)
-    else:
-        allowed = fixed_tolerance(reference.out, *demand.legacy)
-    return observe_setup(setup, contract, reference, allowed, demand)
+    return observe_setup(setup, reference_inputs(setup.problem, setup.cache, contract), contract, demand)
 
 
 def choose_law(case: Case, contract: Contract, demand: Demand, device: torch.device | str) -> LawChoice:
@@ -165,13 +172,11 @@ def _named(effect: Effect) -> str:
     return f"{effect.fault} {effect.variant}".rstrip()
 
 
-def _facts(
-    setup: Setup, reference: AttentionReference, allowed: Tolerance, unseen: Sequence[Effect]
-) -> tuple[str, ...]:
+def _facts(setup: Setup, batch: Batch, allowed: Allowed, unseen: Sequence[Effect]) -> tuple[str, ...]:
     """Why faults are not seen, as far as the inputs tell."""
     facts = []
-    largest, granted = float(reference.out.abs().max()), float(allowed.out.median())
     if any(effect.fault == "output_zero" for effect in unseen):
+        largest, granted = magnitudes(batch, allowed)
         facts.append(f"outputs lie within +-{largest:.2g} while the tolerance is {granted:.2g}")
     case = setup.problem.case
     if case.kv_dtype != "auto" and all(bool((s == 1).all()) for s in (setup.cache.k_scale, setup.cache.v_scale)):

@@ -32,7 +32,7 @@ from harness.kernel.registry import code_home, load_entry
 from harness.oracle.findings import AccessFindings
 from harness.oracle.finer import finer_tolerance
 from harness.oracle.judge import judge
-from harness.oracle.observability import blind_to
+from harness.oracle.observability import blind_to, known_tolerance
 from harness.oracle.tolerance import Tolerance, tolerance
 from harness.problem.admission import AUTO, NEEDLES
 from harness.problem.problem import build_problem
@@ -179,7 +179,7 @@ def _launched(contract: Contract, setup: Setup, options: Options, watch: Stopwat
             return Verdict(Outcome.BLIND, unseen)
         if options.contract_checks and options.demand.must_see:
             with watch.phase("observe"):
-                seen = observe_setup(setup, contract, reference, allowed, options.demand)
+                seen = observe_setup(setup, inputs, contract, options.demand, known_tolerance(allowed))
             if seen.unseen:
                 explanation = explain_unseen(seen, contract, options.demand, watch.device)
                 return Verdict(Outcome.BLIND, explanation["summary"], explanation=explanation)

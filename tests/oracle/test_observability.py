@@ -16,8 +16,9 @@ from harness.kernel.contract import Contract
 from harness.kernel.registry import find_kernels
 from harness.matrix import FAULTS
 from harness.oracle.faults import FAULT_MODELS, SPLIT_TILES
-from harness.oracle.observability import CERTAIN, MARGIN, Effect, blind_to, observe
-from harness.oracle.scene import MAX_ROWS, Batch, scenes
+from harness.oracle.observability import CERTAIN, MARGIN, Effect, blind_to, known_tolerance, observe
+from harness.oracle.scene import Batch
+from harness.oracle.scene_sampling import MAX_ROWS, scenes
 from harness.oracle.tolerance import Tolerance, tolerance
 from harness.problem.problem import build_problem
 from harness.run.observe import Demand, observe_case
@@ -46,7 +47,9 @@ class Staged:
     payload: tuple[torch.Tensor, torch.Tensor]
 
     def effect(self, fault: str) -> Effect:
-        return observe(self.batch, self.contract.content, self.allowed, [fault], with_lse=self.contract.returns_lse)[0]
+        allowed = known_tolerance(self.allowed)
+        with_lse = self.contract.returns_lse
+        return observe(self.batch, self.contract.content, allowed, [fault], with_lse=with_lse)[0]
 
     def true_effect(self, faulty: tuple[torch.Tensor, torch.Tensor | None]) -> float:
         """Of a whole kernel's out and lse, over all rows and heads."""
@@ -89,7 +92,7 @@ FEATURES: dict[str, dict[str, Any]] = {
 def test_an_unchanged_scene_is_the_reference(features: dict[str, Any]) -> None:
     staged = stage(make(**features))
     right = attend(staged.inputs, EXACT)
-    found = scenes(staged.batch)
+    found = list(scenes(staged.batch))
     assert found
     for scene in found:
         heads = list(scene.q_heads)
@@ -327,7 +330,7 @@ def test_of_a_fault_with_a_size_of_its_own_certainty_is_enough() -> None:
 @pytest.mark.parametrize("fault", ["newest_token", "softmax_scale", "gqa_mapping", "mean_v"])
 def test_a_sample_can_only_understate(fault: str) -> None:
     staged = stage(make(rows=Rows("long", (90, 1), (20, 33)), num_q_heads=24, gqa_ratio=3))
-    found = scenes(staged.batch)
+    found = list(scenes(staged.batch))
     assert max(len(scene.positions) for scene in found) <= MAX_ROWS
     assert max(len(scene.q_heads) for scene in found) < 24
     _, kernels = EMULATED[fault]

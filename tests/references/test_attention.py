@@ -219,3 +219,22 @@ def test_bounds_on_the_products_hold_for_every_key() -> None:
     assert float(got.logit_bound[:3, 0].min()) > 30 * float(got.logit_bound[3, 0])
     assert got.key_repeats[3].tolist() == [1, 1, 1, 5, 5, 5]
     assert bool((got.key_repeats[:3] == 1).all())
+
+
+@pytest.mark.parametrize("feature", list(features()), ids=str)
+def test_a_sample_of_rows_has_the_result_of_all_rows(feature: dict[str, Any]) -> None:
+    inputs = make_inputs((6, 1, 5, 2), (9, 6, 3, 0), **dict(feature))
+    picked = ((0, 2, 5), (0,), (0, 1, 4), (1,))  # rows of each sequence; the third has two before its first key
+    first = (0, 6, 7, 12)
+    positions = tuple(
+        tuple(row + seq_len - query_len for row in rows)
+        for rows, query_len, seq_len in zip(picked, inputs.query_lens, inputs.seq_lens, strict=True)
+    )
+    tokens = [start + row for start, rows in zip(first, picked, strict=True) for row in rows]
+    sample = replace(inputs, q=inputs.q[tokens], query_lens=tuple(map(len, picked)))
+    rounding = ROUNDINGS["fp8_e4m3"]
+    whole, got = attend(inputs, rounding), attend(sample, rounding, positions=positions)
+    for name in (*QUANTITIES, "logit_bound", "dot_bound", "max_abs_v", "key_repeats"):
+        assert_equal(name, getattr(got, name), getattr(whole, name)[tokens])
+    wrong = attend(sample, rounding)  # taken for the last rows of each sequence
+    assert not torch.equal(wrong.num_visible, got.num_visible) or not inputs.causal  # else every row sees all

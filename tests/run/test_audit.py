@@ -12,7 +12,7 @@ import pytest
 from harness.case import Case, Rows
 from harness.cli import main
 from harness.kernel.registry import find_kernels
-from harness.report.audit import render_audit
+from harness.report.audit import render_total
 from harness.run.audit import AuditRow, audit, jobs
 from harness.run.observe import LAWS, Demand, choose_law
 from harness.run.outcome import Outcome, Verdict
@@ -50,8 +50,8 @@ def write(folder: Path, data: str, faults: str, more: str = "") -> Path:
     return path
 
 
-def audited(path: Path, workers: int = 1) -> list[AuditRow]:
-    return audit(list(jobs([path], KERNELS, "smoke")), workers)
+def audited(path: Path) -> list[AuditRow]:
+    return list(audit(list(jobs([path], KERNELS, "smoke"))))
 
 
 def ran(case: Case, *faults: str, **options: Any) -> Verdict:
@@ -173,13 +173,61 @@ def test_every_case_json_and_workers_agree(tmp_path: Path, capsys: pytest.Captur
     assert cases[0]["margins"]["sink"] is None
     rows = audited(path)
     assert [row.to_data() for row in rows] == cases
-    assert render_audit(rows, "smoke").endswith("2 cases, 1 blind\n")
+    assert render_total(rows).endswith("\n2 cases, 1 blind: 1 of 4 effects below what is wanted\n")
 
 
 def test_nothing_to_audit_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path, "normal", "newest_token")
     assert main(["audit", str(path), "--tier", "nightly"]) == 2
     assert "nothing to audit" in capsys.readouterr().err
+
+
+def test_kernels_whose_contracts_are_code_are_audited_by_other_processes(capsys: pytest.CaptureFixture[str]) -> None:
+    """The contract of this kernel holds a function of its own module, which another process cannot import by name."""
+    assert KERNELS["chunked_prefill_paged_decode"].takes is not None
+    assert main(["audit", str(LEGACY), "--workers", "2"]) == 1
+    assert "1 case, 1 blind: 8 of 8 effects below what is wanted" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["nowhere.yaml"], "nowhere.yaml: no such file or folder"),
+        (["."], ".: no matrix in this folder"),
+        (["notes.txt"], "notes.txt: not a matrix"),
+        (["rows.yaml"], "rows.yaml: not a matrix"),
+        (["planted.yaml", "--json", "nowhere/audit.json"], "--json nowhere/audit.json: no file can be written there"),
+        (["planted.yaml", "--json", "."], "--json .: no file can be written there"),
+        (["planted.yaml", "--kernels", "nowhere"], "nowhere: no kernels here"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_unusable_paths_are_one_line(
+    arguments: list[str], what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if arguments[0] != ".":
+        write(tmp_path, "normal", "newest_token")
+    for name in ("notes.txt", "rows.yaml"):
+        (tmp_path / name).write_text("mix: {query_lens: [1], context_lens: [3]}\n")
+    assert main(["audit", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(what)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [(["--tier", "nigthly"], "--tier: invalid choice: 'nigthly'"), (["--workers", "0"], "from 1 on")],
+)
+def test_unusable_options_are_told_with_those_that_are(
+    arguments: list[str], what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["audit", str(LEGACY), *arguments])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert what in error
+    assert "Traceback" not in error
 
 
 def test_shipped_smoke_cases_see_everything_their_matrices_list() -> None:
