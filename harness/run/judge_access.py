@@ -5,18 +5,30 @@ Invariant: nothing goes unsaid: whatever is not traced has a state that says so.
 
 from __future__ import annotations
 
+import torch
+
+from harness.case import Case
 from harness.kernel.contract import Contract
 from harness.kernel.launch import LaunchResult
 from harness.oracle.findings import AccessFindings
 from harness.run.setup import Setup
 
 
-def judge_launch(contract: Contract, setup: Setup, result: LaunchResult, *, asked: bool) -> AccessFindings:
-    """What the accesses of `result` show; `asked` is whether they were to be traced."""
+def untraceable(case: Case, device: torch.device, *, asked: bool) -> str | None:
+    """Why a launch of `case` on `device` is not to be traced; None where it is. `asked`: whether that was wanted."""
     if not asked:
-        return AccessFindings("not traced: turned off")
-    if setup.args.q.device.type != "cpu":
-        return AccessFindings("not traced: the kernel was compiled")
+        return "not traced: turned off"
+    if device.type != "cpu":
+        return "not traced: the kernel was compiled"
+    if case.boundary is not None:
+        return "not traced: the probe's range is too large to judge slot by slot"
+    return None
+
+
+def judge_launch(contract: Contract, setup: Setup, result: LaunchResult, untraced: str | None) -> AccessFindings:
+    """What the accesses of `result` show; `untraced` is what `untraceable` said of it."""
+    if untraced is not None:
+        return AccessFindings(untraced)
     if result.trace is None:
         return AccessFindings("not traced: no Triton program ran")
     from harness.access.judge import judge_accesses  # needs numpy, which comes with triton

@@ -37,7 +37,7 @@ from harness.oracle.tolerance import Tolerance, tolerance
 from harness.problem.admission import AUTO, NEEDLES
 from harness.problem.problem import build_problem
 from harness.run.addresses import memory_of, tell_addresses, unseen_addresses
-from harness.run.judge_access import judge_launch
+from harness.run.judge_access import judge_launch, untraceable
 from harness.run.judge_gains import with_gains
 from harness.run.observe import NO_DEMAND, Demand, choose_law, explain_unseen, observe_setup
 from harness.run.outcome import Outcome, Verdict
@@ -183,6 +183,7 @@ def _launched(contract: Contract, setup: Setup, options: Options, watch: Stopwat
             if seen.unseen:
                 explanation = explain_unseen(seen, contract, options.demand, watch.device)
                 return Verdict(Outcome.BLIND, explanation["summary"], explanation=explanation)
+        untraced = untraceable(case, watch.device, asked=options.access_trace)
         with watch.phase("launch"):
             result = launch(
                 contract,
@@ -192,10 +193,10 @@ def _launched(contract: Contract, setup: Setup, options: Options, watch: Stopwat
                 setup.outputs,
                 program_order_seed=case.geometry_seed,
                 pools=setup.cache.pools_by_argument,
-                trace_accesses=options.access_trace,
+                trace_accesses=untraced is None,
             )
         with watch.phase("access"):
-            access = judge_launch(contract, setup, result, asked=options.access_trace)
+            access = judge_launch(contract, setup, result, untraced)
         with watch.phase("judge"):
             verdict = _verdict(contract, setup, inputs, reference, allowed, result, access)
         if options.noise_floor == "off" or verdict.outcome is not Outcome.PASS:
