@@ -58,6 +58,16 @@ def test_a_straddled_page_that_no_query_looks_into_is_blind() -> None:
     )
 
 
+@pytest.mark.parametrize(("boundary", "target"), [("page24", "kv"), ("elements32", "out"), ("elements31", "table")])
+def test_accesses_are_judged_but_where_the_range_is_too_large_and_that_is_said(boundary: str, target: str) -> None:
+    page = {"page_size": 16, "head_size": 16} if boundary == "page24" else {}
+    case = probe("unified_paged", boundary, boundary_target=target, boundary_position="far", **page)
+    verdict = run_case(case, KERNELS[case.kernel], Options(device="cpu"))
+    assert verdict.outcome is Outcome.PASS
+    untraced = "not traced: rows of the page table lie too far apart to judge it entry by entry"
+    assert verdict.access == (untraced if target == "table" else "traced")
+
+
 @pytest.mark.parametrize("plant", ["zero-pool", "decode-token-missing", "index-int64"])
 def test_faults_of_the_set_up_are_no_faults_of_the_kernel(plant: str) -> None:
     case = probe("unified_paged", "elements31", boundary_target="k")
