@@ -6,6 +6,7 @@ attnreg is never turned into a skip.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Generator, Sequence
 from pathlib import Path
@@ -13,10 +14,15 @@ from pathlib import Path
 import pytest
 
 from harness.errors import AttnregError, UsageError
+from harness.isolation.postmortem import JOURNAL, Postmortem
+from harness.isolation.recorder import Recorder
+from harness.isolation.workers import set_up_workers
 from harness.items import MatrixFile, MatrixItem, is_matrix
 from harness.matrix import TIERS
 from harness.reporting import COVERAGE, Reporting
 from harness.session import SELECTED, SESSION, Session
+
+ISOLATION = pytest.StashKey[str]()  # where cases run, in words for the header
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,12 +37,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--geometry-seed", type=int, metavar="N", help="override the geometry seed of every case")
     group.addoption("--plant", metavar="NAME", help="inject a fault into the set-up; 'list' lists them")
     group.addoption("--no-contract-checks", action="store_true", help="launch even what violates the contract")
+    group.addoption(
+        "--case-timeout", metavar="SECONDS", help="end a case that takes longer: TIMEOUT (default: 300; 0: no limit)"
+    )
+    group.addoption("--isolate", action="store_true", help="a fresh process for each case; needs workers (not -n 0)")
+    group.addoption(
+        "--sanitize", choices=("memcheck", "racecheck", "initcheck", "synccheck"), help="run one case under that tool"
+    )
     group.addoption("--reports", metavar="DIR", help="where run logs go (default: reports/ of the project)")
+    parser.addini("case_timeout", "seconds a case may take, 0 for no limit", default="300")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     try:
         session = Session.from_config(config)
+        limit = session.case_timeout
         if config.getoption("--plant") not in (None, "list"):
             from harness.run.plant import find_plant  # imports torch, which collecting does without
 
@@ -46,11 +61,29 @@ def pytest_configure(config: pytest.Config) -> None:
 
             if not torch.cuda.is_available():
                 raise UsageError("--device cuda: torch finds no CUDA or ROCm device here")
+        isolation = "" if session.is_worker else set_up_workers(config)
     except AttnregError as error:
         raise pytest.UsageError(str(error)) from None
     config.stash[SESSION] = session
-    if not session.is_worker:
-        config.pluginmanager.register(Reporting(session), "attnreg-reporting")
+    config.stash[ISOLATION] = isolation
+    plugins = config.pluginmanager
+    if session.is_worker:
+        if journal := vars(config)["workerinput"].get(JOURNAL):
+            fresh = config.getoption("--isolate")
+            plugins.register(Recorder(Path(journal).open("w"), limit, disposable=True, fresh=fresh))  # noqa: SIM115
+        return
+    plugins.register(Reporting(session), "attnreg-reporting")
+    if not isolation:
+        return
+    if config.getoption("tx", None):
+        plugins.register(Postmortem(session))
+    elif not config.getoption("usepdb"):
+        stderr = os.fdopen(os.dup(2), "w")  # a copy, as pytest captures the real one while cases run
+        plugins.register(Recorder(stderr, limit, disposable=False))
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    return f"attnreg: {config.stash[ISOLATION]}" if config.stash[ISOLATION] else None
 
 
 def pytest_cmdline_main(config: pytest.Config) -> int | None:

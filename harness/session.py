@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -34,6 +35,16 @@ if TYPE_CHECKING:
 
 SELECTED = "selected"  # in place of coverage, where options left cases of a matrix out
 PROJECT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A case, and where it is written."""
+
+    case: Case
+    line: int
+    path: Path
+    matrix: Matrix
 
 
 @dataclass
@@ -68,6 +79,19 @@ class Session:
         return Path(chosen) if chosen else PROJECT / "reports"
 
     @property
+    def case_timeout(self) -> float:
+        """Seconds that a case may take, 0 for no limit. Raises UsageError."""
+        given = self.config.getoption("--case-timeout")
+        text = str(self.config.getini("case_timeout") if given is None else given)
+        try:
+            seconds = float(text)
+        except ValueError:
+            seconds = math.nan
+        if not 0 <= seconds < math.inf:
+            raise UsageError(f"--case-timeout: expected seconds (0: no limit), got '{text}'")
+        return seconds
+
+    @property
     def worker(self) -> str:
         """Name of this worker process; empty in the controller."""
         return str(getattr(self.config, "workerinput", {}).get("workerid", ""))
@@ -97,24 +121,35 @@ class Session:
                 matrix.source.add(Mistake(Span(expectation.line, 1), what))
         matrix.source.finish()
 
-    def find_case(self, path: Path, wanted: str) -> tuple[Case, int]:
-        """Case and line of an id in the matrix at `path`. Raises MatrixError, or UsageError where there is none."""
-        _, expansion = self.expand(path)
+    def find_case(self, nodeid: str) -> Found:
+        """The case that pytest calls `nodeid`. Raises MatrixError, or UsageError where there is none."""
+        shown, _, wanted = nodeid.partition("::")
+        path = self.config.rootpath / shown
+        matrix, expansion = self.expand(path)
         for case, line in zip(expansion.cases, expansion.lines, strict=True):
             if case_id(case) == wanted:
-                return case, line
+                return Found(case, line, path, matrix)
         raise UsageError(f"{path}: no case '{wanted}' in tier {self.tier}")
 
-    def make_record(self, case: Case, line: int, name: str, path: Path, verdict: Verdict) -> Record:
-        """The record of one case, with the command that runs it again."""
+    def make_record(self, case: Case, line: int, path: Path, verdict: Verdict, worker: str = "") -> Record:
+        """The record of one case, with the command that runs it again. worker: who ran it, if not this process."""
         from harness.store.record import Record
         from harness.triage.reproduce import reproduce_line
 
-        shown = os.path.relpath(path, self.config.rootpath)
+        name, shown = case_id(case), os.path.relpath(path, self.config.rootpath)
         own_seeds = {"geometry": case.geometry_seed, "data": case.data_seed}
-        command = reproduce_line(shown, name, self.tier, verdict.seeds, self.reproduce_options, default_seeds=own_seeds)
+        given = {seed: self.config.getoption(f"--{seed}-seed") for seed in own_seeds}
+        seeds = verdict.seeds or {seed: own if given[seed] is None else given[seed] for seed, own in own_seeds.items()}
+        command = reproduce_line(shown, name, self.tier, seeds, self.reproduce_options, default_seeds=own_seeds)
         return Record.of(
-            case, verdict, id=name, matrix_path=shown, line=line, tier=self.tier, worker=self.worker, reproduce=command
+            case,
+            replace(verdict, seeds=seeds),
+            id=name,
+            matrix_path=shown,
+            line=line,
+            tier=self.tier,
+            worker=worker or self.worker,
+            reproduce=command,
         )
 
     def unsupported(self, case: Case) -> str | None:
@@ -163,6 +198,7 @@ class Session:
             "plant": self.config.getoption("--plant"),
             "kernels": self.config.getoption("--kernels"),
             "no_contract_checks": self.config.getoption("--no-contract-checks"),
+            "case_timeout": self.config.getoption("--case-timeout"),
         }
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from harness.case import Case
-from harness.errors import AttnregError, KernelRaised, first_line
+from harness.errors import AttnregError, KernelRaised, first_line, lacks_memory
 from harness.interpreter.errors import MemoryFault
 from harness.kernel.arguments import LaunchArguments
 from harness.kernel.contract import Contract
@@ -77,9 +77,11 @@ def input_tensors(args: LaunchArguments) -> dict[str, torch.Tensor]:
 def _call(launcher: Launcher, args: LaunchArguments) -> None:
     try:
         launcher(args)
-    except (AttnregError, torch.OutOfMemoryError, torch.AcceleratorError, KeyboardInterrupt):
+    except (AttnregError, torch.AcceleratorError, KeyboardInterrupt):
         raise
     except BaseException as error:  # a kernel may raise anything, also what ends or skips a test: it is a failure
+        if lacks_memory(error):
+            raise
         raise KernelRaised(f"the kernel raised {type(error).__name__}: {first_line(error)}") from error
 
 

@@ -102,9 +102,9 @@ def load_entry(contract: Contract) -> Launcher:
         where = f"{_package(contract.folder.parent)}.{contract.folder.name}.{where.removesuffix('.py')}"
     try:
         module = importlib.import_module(where)
-    except AttnregError:
+    except (AttnregError, KeyboardInterrupt):
         raise
-    except Exception as error:  # importing a kernel runs its code: what it raises is the kernel's failure
+    except BaseException as error:  # importing a kernel runs its code: what it raises is the kernel's failure
         raise KernelRaised(f"'{contract.entry}' cannot be imported: {type(error).__name__}: {error}") from error
     launcher = getattr(module, function, None)
     if not callable(launcher):

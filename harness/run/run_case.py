@@ -15,7 +15,7 @@ import torch
 
 from harness.cache.effective import effective_kv
 from harness.case import Case
-from harness.errors import KernelNotFound, KernelRaised, LawError, PlacementError, SetupBug, first_line
+from harness.errors import KernelNotFound, KernelRaised, LawError, PlacementError, SetupBug, first_line, lacks_memory
 from harness.interpreter import prepare
 from harness.kernel.contract import Contract
 from harness.kernel.launch import LaunchResult, launch
@@ -93,12 +93,33 @@ def run_case(case: Case, contract: Contract, options: Options) -> Verdict:
         verdict = _judged(case, contract, options, watch)
     except (LawError, PlacementError) as error:
         verdict = Verdict(Outcome.TEST_BUG, f"this case cannot be built: {error}")
-    except torch.OutOfMemoryError as error:
-        verdict = Verdict(Outcome.OUT_OF_MEMORY, first_line(error))
-    except torch.AcceleratorError as error:
-        verdict = Verdict(Outcome.CRASH, f"the device context died: {first_line(error)}")
+    except (RuntimeError, MemoryError) as error:  # torch's of the device are RuntimeErrors
+        verdict = _spoilt(error, device)
+    if verdict.outcome is not Outcome.CRASH and (died := context_error(device)):
+        verdict = Verdict(Outcome.CRASH, f"the device context died: {died}; {verdict.reason}".rstrip("; "))
     seeds = {"geometry": case.geometry_seed, "data": case.data_seed}
     return replace(verdict, seconds=watch.seconds, seeds=seeds, law=law)
+
+
+def _spoilt(error: RuntimeError | MemoryError, device: torch.device) -> Verdict:
+    """The verdict on an error that says something of memory or device; raises what says neither."""
+    if lacks_memory(error):
+        return Verdict(Outcome.OUT_OF_MEMORY, first_line(error))
+    if isinstance(error, torch.AcceleratorError) or context_error(device):
+        return Verdict(Outcome.CRASH, f"the device context died: {first_line(error)}")
+    raise error
+
+
+def context_error(device: torch.device) -> str | None:
+    """What is wrong with the context of a device, or None: a fault of a kernel may show in what follows it only, and
+    then for good."""
+    if device.type == "cpu":
+        return None
+    try:
+        torch.ones(1, device=device).item()
+    except RuntimeError as error:
+        return None if lacks_memory(error) else first_line(error)
+    return None
 
 
 def _reseeded(case: Case, options: Options) -> Case:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 
@@ -65,6 +66,41 @@ def skipping(args: LaunchArguments) -> None:
 
 def quitting(args: LaunchArguments) -> None:
     sys.exit(0)
+
+
+def segfaulting(args: LaunchArguments) -> None:
+    ctypes.string_at(0)
+
+
+def aborting(args: LaunchArguments) -> None:
+    os.abort()
+
+
+def spinning(args: LaunchArguments) -> None:
+    while True:
+        pass
+
+
+def hungry(args: LaunchArguments) -> None:
+    bytearray(1 << 62)
+
+
+def gorging(args: LaunchArguments) -> None:
+    torch.empty(1 << 60)
+
+
+litter: list[int] = []  # what stumbling stumbles over: on purpose the state that kernels must not have
+
+
+def littering(args: LaunchArguments) -> None:
+    litter.append(1)
+    honest(args)
+
+
+def stumbling(args: LaunchArguments) -> None:
+    if litter:
+        ctypes.string_at(0)
+    honest(args)
 
 
 def exiting(args: LaunchArguments) -> None:
