@@ -36,11 +36,13 @@ class Reporting:
         self.nothing_ran = ""  # why, where no case was run
         self.selected: dict[str, None] = {}  # node ids of cases, in their order
         self.reported: set[str] = set()  # those that have a record
+        self.unreadable = 0  # matrices
         self.left_out = ""  # how many cases were not run, where the run was told to stop
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         """A run whose matrices cannot be read is the latest run too: an older, green one must not stand for it."""
         if report.failed and report.nodeid.endswith((".yaml", ".yml")):
+            self.unreadable += 1
             self._open_log()
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
@@ -55,6 +57,9 @@ class Reporting:
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, ids: Sequence[str]) -> None:
         self.selected |= dict.fromkeys(nodeid for nodeid in ids if _is_case(nodeid))
+        if self.unreadable and not self.session.config.getoption("--continue-on-collection-errors"):
+            errors = "1 error" if self.unreadable == 1 else f"{self.unreadable} errors"
+            raise pytest.Session.Interrupted(f"{errors} during collection")  # as without workers
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         line = getattr(report, "attnreg", None)
@@ -96,7 +101,7 @@ class Reporting:
         if not lost:
             return
         if session.shouldfail or session.shouldstop or session.exitstatus == pytest.ExitCode.INTERRUPTED:
-            why = session.shouldfail or session.shouldstop or "interrupted"
+            why = session.shouldfail or session.shouldstop or "the run was interrupted"
             self.left_out = f"{len(lost)} of {len(self.selected)} cases were not run: {why}"
             return
         for nodeid in lost:

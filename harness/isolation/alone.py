@@ -60,8 +60,7 @@ def run_alone(
                 cwd=config.rootpath,
                 env={**os.environ, **environment, "PYTHONPATH": path},
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
+                capture_output=True,
                 timeout=limit + GRACE if limit else None,
                 check=False,
             )

@@ -59,17 +59,14 @@ class Postmortem:
             end = how(self._death(node))
             pytest.exit(f"{MAX_BARREN} workers in a row died before they had collected the cases; the last {end}", 3)
 
-    @pytest.hookimpl(tryfirst=True)
+    @pytest.hookimpl(trylast=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" and hasattr(report, "attnreg"):
             self.reported.add(report.nodeid)
             self.last[vars(report)["node"].gateway.id] = report.nodeid
-
-    @pytest.hookimpl(trylast=True, specname="pytest_runtest_logreport")
-    def stop_early(self) -> None:
-        """pytest counts failures for -x and --maxfail; pytest-xdist, which has to stop, does not count deaths."""
-        if self.pytest_session is not None and self.pytest_session.shouldfail:
-            self.session.config.pluginmanager.getplugin("dsession").shouldstop = self.pytest_session.shouldfail
+        if self.pytest_session is not None and self.pytest_session.shouldfail:  # -x or --maxfail
+            distributed: Any = self.session.config.pluginmanager.getplugin("dsession")
+            distributed.shouldstop = self.pytest_session.shouldfail  # which by itself does not count deaths
 
     def pytest_sessionstart(self, session: pytest.Session) -> None:
         self.pytest_session = session

@@ -7,6 +7,7 @@ context or memory is spoilt runs no other case: a worker ends itself once the re
 from __future__ import annotations
 
 import faulthandler
+import importlib
 import os
 from collections.abc import Generator
 from typing import IO
@@ -38,6 +39,7 @@ class Recorder:
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
         if not isinstance(item, MatrixItem):
             return (yield)
+        importlib.import_module("harness.run.run_case")  # torch: importing it is not the case's time
         faulthandler.enable(self.file)  # pytest's own goes to stderr, which nobody can tell by case
         if self.limit:
             faulthandler.dump_traceback_later(self.limit, file=self.file, exit=True)

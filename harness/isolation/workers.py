@@ -45,9 +45,11 @@ def set_up_workers(config: pytest.Config) -> str:
         option.maxworkerrestart = UNLIMITED
     if config.getoption("--device") != "cpu":
         cuda, hip = cuda_devices(os.environ), hip_devices(os.environ)
-        option.tx = [_with(spec, worker_environment(i, cuda, hip)) for i, spec in enumerate(option.tx)]
+        option.tx = [with_environment(spec, worker_environment(i, cuda, hip)) for i, spec in enumerate(option.tx)]
     amount = len(option.tx)
-    return f"cases run in {amount} worker process{'es' if amount > 1 else ''}, replaced when one ends (-n 0: in this one)"
+    return (
+        f"cases run in {amount} worker process{'es' if amount > 1 else ''}, replaced when one ends (-n 0: in this one)"
+    )
 
 
 def _in_process(config: pytest.Config) -> str:
@@ -65,7 +67,7 @@ def _in_process(config: pytest.Config) -> str:
     return ""
 
 
-def _with(spec: str, environment: Mapping[str, str]) -> str:
+def with_environment(spec: str, environment: Mapping[str, str]) -> str:
     """The specification of a worker with variables of its own; pytest-xdist copies it when it replaces the worker.
 
     Workers on other machines stay as they are.

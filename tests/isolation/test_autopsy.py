@@ -1,0 +1,128 @@
+"""What a dead process left behind, read: signal, status, the stack that matters, the kernel's own line."""
+
+from __future__ import annotations
+
+import faulthandler
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness.isolation.alone import Alone
+from harness.isolation.autopsy import Death, autopsy, stack_of
+from harness.isolation.postmortem import memory_kills, second_opinion
+from harness.run.outcome import Outcome
+from harness.store.record import Record
+
+KERNELS = Path("/k/family")
+SEGFAULT = """Fatal Python error: Segmentation fault
+
+Thread 0x00007f0000000001 (most recent call first):
+  File "/py/threading.py", line 10 in wait
+
+Current thread 0x00007f0000000002 (most recent call first):
+  File "/py/ctypes/__init__.py", line 519 in string_at
+  File "/k/family/attention.py", line 72 in step_kernel
+  File "/a/harness/run/run_case.py", line 174 in _launched
+
+Extension modules: numpy (total: 1)
+"""
+NO_FRAME = SEGFAULT.replace("Current thread", "Thread")  # what faulthandler writes where a thread of C failed
+TIMEOUT = "Timeout (0:00:05)!\n" + NO_FRAME.partition("\n\n")[2]
+ON_DEVICE = """Timeout (0:00:05)!
+Thread 0x00007f0000000002 (most recent call first):
+  File "/py/torch/cuda/__init__.py", line 1040 in synchronize
+  File "/a/harness/kernel/launch.py", line 64 in launch
+  File "/a/harness/run/run_case.py", line 174 in _launched
+"""
+
+
+@pytest.mark.parametrize(
+    ("death", "outcome", "reason"),
+    [
+        (Death(-11, SEGFAULT), Outcome.CRASH, "the process died of SIGSEGV at attention.py:72 in step_kernel"),
+        (Death(-11, NO_FRAME), Outcome.CRASH, "the process died of SIGSEGV at attention.py:72 in step_kernel"),
+        (Death(-6, ""), Outcome.CRASH, "the process died of SIGABRT"),
+        (
+            Death(None, SEGFAULT),
+            Outcome.CRASH,
+            "the process died: Segmentation fault at attention.py:72 in step_kernel",
+        ),
+        (Death(None, ""), Outcome.CRASH, "the process died, how is not to be had"),
+        (Death(3, ""), Outcome.CRASH, "the process ended itself with status 3, as os._exit does"),
+        (Death(0, ""), Outcome.CRASH, "the process ended itself with status 0, as os._exit does"),
+        (Death(-9, ""), Outcome.CRASH, "the process died of SIGKILL, as the system does for want of memory"),
+        (Death(-9, "", 1), Outcome.OUT_OF_MEMORY, "the system killed the process for want of memory (SIGKILL)"),
+        (Death(-11, SEGFAULT, 1), Outcome.CRASH, "the process died of SIGSEGV at attention.py:72 in step_kernel"),
+        (Death(1, TIMEOUT), Outcome.TIMEOUT, "did not end within 5 s: it was at attention.py:72 in step_kernel"),
+        (
+            Death(1, ON_DEVICE),
+            Outcome.TIMEOUT,
+            "did not end within 5 s: it was waiting for the device, on which a kernel does not end",
+        ),
+    ],
+)
+def test_a_death_is_read_as_what_it_was(death: Death, outcome: Outcome, reason: str) -> None:
+    verdict = autopsy(death, 5.0, KERNELS)
+    assert (verdict.outcome, verdict.reason) == (outcome, reason)
+    assert verdict.explanation is not None
+    assert verdict.explanation["summary"] == reason
+    shown = verdict.explanation["rows"].get("stack", [])
+    assert not any("run_case.py" in frame or "threading" in frame for frame in shown)
+
+
+def test_a_crash_outside_the_kernels_folder_is_not_said_to_be_in_it() -> None:
+    assert autopsy(Death(-11, SEGFAULT), 5.0, Path("/k/other")).reason == "the process died of SIGSEGV"
+
+
+def test_the_dump_of_this_python_is_understood(tmp_path: Path) -> None:
+    """The format is faulthandler's: a real dump, of the stack of this very test."""
+    with (tmp_path / "dump").open("w+") as file:
+        faulthandler.dump_traceback(file)
+        file.seek(0)
+        dump = file.read()
+    stack = stack_of(dump)
+    assert stack[0].function == "test_the_dump_of_this_python_is_understood"
+    assert Path(stack[0].path) == Path(__file__)
+
+
+def test_a_fatal_signal_of_this_python_is_understood() -> None:
+    code = "import ctypes, faulthandler\nfaulthandler.enable()\ndef f():\n    ctypes.string_at(0)\nf()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    verdict = autopsy(Death(done.returncode, done.stderr), 5.0, None)
+    assert verdict.reason == "the process died of SIGSEGV"
+    assert verdict.explanation is not None
+    assert [frame["function"] for frame in verdict.explanation["stack"]] == ["string_at", "f", "<module>"]
+
+
+def _alone(outcome: Outcome | None, reason: str = "") -> Alone:
+    record = None
+    if outcome is not None:
+        record = Record("id", "m", "m.yaml", 1, "smoke", "k", outcome, reason)
+    return Alone(record, Death(-11, SEGFAULT), "")
+
+
+def test_a_crash_that_happens_again_is_the_cases_own() -> None:
+    crash = autopsy(Death(-11, SEGFAULT), 5.0, KERNELS)
+    seen = second_opinion(crash, _alone(None), "m.yaml::before")
+    assert (seen.outcome, seen.reason) == (crash.outcome, crash.reason)
+    assert seen.explanation is not None
+    assert seen.explanation["rows"]["again"] == ["alone in a fresh process it fails too: the process died of SIGSEGV"]
+
+
+@pytest.mark.parametrize("before", ["m.yaml::before", None])
+def test_a_crash_that_does_not_happen_alone_is_collateral(before: str | None) -> None:
+    crash = autopsy(Death(-11, SEGFAULT), 5.0, KERNELS)
+    seen = second_opinion(crash, _alone(Outcome.PASS), before)
+    assert seen.outcome is Outcome.CRASH
+    assert seen.reason.startswith("collateral damage: the process died of SIGSEGV")
+    assert "alone it ends in PASS" in seen.reason
+    assert (before or "no case ran before it") in seen.reason
+
+
+def test_kills_for_want_of_memory_are_counted(tmp_path: Path) -> None:
+    counters = tmp_path / "vmstat"
+    assert memory_kills(counters) == 0
+    counters.write_text("nr_free_pages 5\noom_kill 3\npgmajfault 7\n")
+    assert memory_kills(counters) == 3
