@@ -108,8 +108,16 @@ class MatrixItem(pytest.Item):
         from harness.triage.explain import explain_error
 
         facts = self.facts
+        contract = facts.kernels[self.case.kernel]
+        tool = self.config.getoption("--sanitize")
         try:
-            verdict = run_case(self.case, facts.kernels[self.case.kernel], facts.options_for(self.matrix))
+            if tool:
+                from harness.isolation.sanitizer import sanitized
+
+                plain = facts.make_record(self.case, self.line, self.path, Verdict(Outcome.PASS, "")).reproduce
+                verdict = sanitized(facts, plain, contract.launches, tool)
+            else:
+                verdict = run_case(self.case, contract, facts.options_for(self.matrix))
         except Exception as error:  # noqa: BLE001  the harness is at fault: recorded as ERROR, with its trace
             return Verdict(Outcome.ERROR, f"{type(error).__name__}: {error}", explanation=explain_error(error))
         if self.expectation is None:

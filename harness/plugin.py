@@ -6,6 +6,7 @@ attnreg is never turned into a skip.
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Generator, Sequence
@@ -42,8 +43,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--isolate", action="store_true", help="a fresh process for each case; needs workers (not -n 0)")
     group.addoption(
-        "--sanitize", choices=("memcheck", "racecheck", "initcheck", "synccheck"), help="run one case under that tool"
+        "--sanitize",
+        choices=("memcheck", "racecheck", "initcheck", "synccheck"),
+        help="run one case under that tool of compute-sanitizer",
     )
+    group.addoption("--buffer-map", metavar="FILE", help=argparse.SUPPRESS)  # of the process that --sanitize starts
     group.addoption("--reports", metavar="DIR", help="where run logs go (default: reports/ of the project)")
     parser.addini("case_timeout", "seconds a case may take, 0 for no limit", default="300")
 
@@ -56,6 +60,12 @@ def pytest_configure(config: pytest.Config) -> None:
             from harness.run.plant import find_plant  # imports torch, which collecting does without
 
             find_plant(config.getoption("--plant"))
+        if config.getoption("--sanitize"):
+            from harness.isolation.sanitizer import find_tool
+
+            find_tool()
+            if config.getoption("--device") == "cpu":
+                raise UsageError("--sanitize: compute-sanitizer sees kernels of a GPU only, not --device cpu")
         if config.getoption("--device") == "cuda":
             import torch
 
@@ -105,6 +115,12 @@ def pytest_deselected(items: Sequence[pytest.Item]) -> None:
     for item in items:
         if isinstance(item, MatrixItem):
             item.facts.coverage[item.case.matrix] = SELECTED
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: Sequence[pytest.Item]) -> None:
+    if config.getoption("--sanitize") and len(items) > 1:
+        raise pytest.UsageError(f"--sanitize takes one case, and {len(items)} are selected: name one id")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -181,6 +181,7 @@ class Session:
             plant=self.plant or NO_PLANT,
             data_seed=self.config.getoption("--data-seed"),
             geometry_seed=self.config.getoption("--geometry-seed"),
+            buffer_map=Path(chosen) if (chosen := self.config.getoption("--buffer-map")) else None,
         )
 
     def options_for(self, matrix: Matrix) -> Options:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 
@@ -17,8 +18,9 @@ from harness.cache.effective import effective_kv
 from harness.case import Case
 from harness.errors import KernelNotFound, KernelRaised, LawError, PlacementError, SetupBug, first_line, lacks_memory
 from harness.interpreter import prepare
+from harness.kernel.buffer_map import write_buffer_map
 from harness.kernel.contract import Contract
-from harness.kernel.launch import LaunchResult, launch
+from harness.kernel.launch import LaunchResult, input_tensors, launch
 from harness.kernel.registry import load_entry
 from harness.oracle.finer import finer_tolerance
 from harness.oracle.judge import judge
@@ -48,6 +50,7 @@ class Options:
     data_seed: int | None = None  # overrides the seeds of the case
     geometry_seed: int | None = None
     demand: Demand = NO_DEMAND  # what the matrix demands to be seen
+    buffer_map: Path | None = None  # where the addresses of the buffers are written before the launch
     noise_floor: str = "off"  # off | report | fail: whether errors are compared with those of a case's twin
 
 
@@ -170,6 +173,9 @@ def _launched(contract: Contract, setup: Setup, options: Options, watch: Stopwat
             if seen.unseen:
                 explanation = explain_unseen(seen, contract, options.demand, watch.device)
                 return Verdict(Outcome.BLIND, explanation["summary"], explanation=explanation)
+        if options.buffer_map is not None:
+            outputs = {output.name: output.tensor for output in setup.outputs}
+            write_buffer_map(options.buffer_map, {**input_tensors(setup.args), **outputs})
         with watch.phase("launch"):
             result = launch(contract, case, launcher, setup.args, setup.outputs, program_order_seed=case.geometry_seed)
         with watch.phase("judge"):

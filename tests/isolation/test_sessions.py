@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import pytest
 
 from harness.run.outcome import Outcome
-from tests.plugin.test_session import EXPECT, FEW, KERNELS, MATRIX, Toys, toys  # noqa: F401  a fixture
+from tests.plugin.test_session import EXPECT, FEW, KERNELS, MATRIX, Toys
 
 DEADLY = {  # kernel: outcome, and what the reason has to say
     "toy_segfaulting": (Outcome.CRASH, "the process died of SIGSEGV at toy.py:"),
@@ -19,7 +19,7 @@ KERNELS_IN_ORDER = "toy_littering, toy_stumbling, toy_segfaulting, toy_spinning,
 KNOWN = EXPECT.format(kernel="toy_spinning", until="2999-01-01").replace("outcome: FAIL", "outcome: TIMEOUT")
 
 
-def test_every_way_to_die_is_told_and_costs_no_other_case(toys: Toys) -> None:  # noqa: F811
+def test_every_way_to_die_is_told_and_costs_no_other_case(toys: Toys) -> None:
     result = toys.run(KERNELS_IN_ORDER, "--case-timeout=3", "--junitxml=junit.xml", expect=KNOWN + FEW, isolated=True)
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.stdout.fnmatch_lines(["attnreg: cases run in 1 worker process, *"])
@@ -49,13 +49,13 @@ def test_every_way_to_die_is_told_and_costs_no_other_case(toys: Toys) -> None:  
     assert sorted(line.split("-")[1] for line in again.outlines if "::" in line) == sorted(DEADLY)
 
 
-def test_with_isolate_nothing_is_left_behind(toys: Toys) -> None:  # noqa: F811
+def test_with_isolate_nothing_is_left_behind(toys: Toys) -> None:
     result = toys.run("toy_littering, toy_stumbling", "--isolate", expect=FEW, isolated=True)
     assert result.ret == 0
     assert toys.outcomes == {"toy_littering": {Outcome.PASS}, "toy_stumbling": {Outcome.PASS}}
 
 
-def test_a_crash_counts_for_maxfail(toys: Toys) -> None:  # noqa: F811
+def test_a_crash_counts_for_maxfail(toys: Toys) -> None:
     result = toys.run("toy_exiting, toy_honest", "-x", isolated=True)
     assert toys.outcomes == {"toy_exiting": {Outcome.CRASH}}
     assert len(toys.records) == 1
@@ -63,7 +63,7 @@ def test_a_crash_counts_for_maxfail(toys: Toys) -> None:  # noqa: F811
 
 
 @pytest.mark.parametrize("mode", ["loadgroup", "loadscope", "loadfile", "each"])
-def test_modes_that_lose_cases_are_refused(toys: Toys, mode: str) -> None:  # noqa: F811
+def test_modes_that_lose_cases_are_refused(toys: Toys, mode: str) -> None:
     toys.pytester.makefile(".yaml", toys=MATRIX.format(kernels="toy_honest", axes="", expect=""))
     arguments = ["-p", "harness.plugin", "toys.yaml", f"--kernels={KERNELS}", "-n2", f"--dist={mode}"]
     result = toys.pytester.runpytest_inprocess(*arguments)
@@ -71,20 +71,20 @@ def test_modes_that_lose_cases_are_refused(toys: Toys, mode: str) -> None:  # no
     result.stderr.fnmatch_lines([f"*--dist {mode}: pytest-xdist loses cases or hangs*use load or worksteal"])
 
 
-def test_sessions_without_matrices_are_left_as_they_are(toys: Toys) -> None:  # noqa: F811
+def test_sessions_without_matrices_are_left_as_they_are(toys: Toys) -> None:
     toys.pytester.makepyfile("def test_one():\n    pass\n")
     result = toys.pytester.runpytest_inprocess("-p", "harness.plugin", "-n0", "--dist=loadfile")
     result.assert_outcomes(passed=1)
     result.stdout.no_fnmatch_line("*attnreg: cases run*")
 
 
-def test_a_run_in_process_says_so(toys: Toys) -> None:  # noqa: F811
+def test_a_run_in_process_says_so(toys: Toys) -> None:
     result = toys.run("toy_honest")
     result.stdout.fnmatch_lines(["attnreg: cases run in this process (-n 0): one that ends it ends the session"])
 
 
 @pytest.mark.parametrize("given", ["-1", "soon", "nan", "inf"])
-def test_a_time_limit_that_is_none_is_refused(toys: Toys, given: str) -> None:  # noqa: F811
+def test_a_time_limit_that_is_none_is_refused(toys: Toys, given: str) -> None:
     result = toys.run("toy_honest", f"--case-timeout={given}")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines([f"*--case-timeout: expected seconds (0: no limit), got '{given}'*"])
@@ -97,7 +97,7 @@ PLANTED = {
 
 
 @pytest.mark.parametrize(("plant", "amount"), [("vanish", 1), ("break", 2)])
-def test_a_case_without_a_record_is_an_error(toys: Toys, plant: str, amount: int) -> None:  # noqa: F811
+def test_a_case_without_a_record_is_an_error(toys: Toys, plant: str, amount: int) -> None:
     hook, body = PLANTED[plant]
     toys.pytester.makeconftest(f"import pytest\n\n@pytest.hookimpl(tryfirst=True)\ndef {hook}(item):\n    {body}\n")
     result = toys.run("toy_honest")
@@ -108,7 +108,7 @@ def test_a_case_without_a_record_is_an_error(toys: Toys, plant: str, amount: int
     assert all(record.reason.startswith("lost: it was selected and left no record") for record in lost)
 
 
-def test_a_context_that_died_ends_a_run_in_process(toys: Toys, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_a_context_that_died_ends_a_run_in_process(toys: Toys, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("harness.run.run_case.context_error", lambda device: "an illegal memory access")
     result = toys.run("toy_honest")
     assert [record.outcome for record in toys.records] == [Outcome.CRASH]
@@ -116,7 +116,7 @@ def test_a_context_that_died_ends_a_run_in_process(toys: Toys, monkeypatch: pyte
     result.stdout.fnmatch_lines(["1 of 2 cases were not run: the device context died, and with -n 0 *"])
 
 
-def test_workers_that_die_before_they_have_collected_do_not_go_on_for_ever(toys: Toys) -> None:  # noqa: F811
+def test_workers_that_die_before_they_have_collected_do_not_go_on_for_ever(toys: Toys) -> None:
     toys.pytester.makeconftest(
         "import os\n\ndef pytest_configure(config):\n    if hasattr(config, 'workerinput'):\n        os._exit(7)\n"
     )

@@ -41,6 +41,9 @@ KERNELS = (
     _toy("stumbling", "right, but dies over what an earlier case left behind"),
     _toy("skipping", "asks to be skipped"),
     _toy("quitting", "exits"),
+    replace(_toy("illegal", "stores where nothing is mapped"), entry="on_device.py:illegal", needs=("triton",)),
+    replace(_toy("asserting", "fails a device assert"), entry="on_device.py:asserting", needs=("triton",)),
+    replace(_toy("endless", "does not end on the device"), entry="on_device.py:endless", needs=("triton",)),
     replace(_toy("broken", "does not exist"), entry="no_such_file.py:launch"),
     replace(
         _toy("honest", "right, and declared to round P to bfloat16, which it does not"),

@@ -22,8 +22,9 @@ def honest(args: LaunchArguments, dropped: int = 0) -> None:
         k = _tokens(args.k_cache, pages, seq_len, args.k_scale).repeat_interleave(group, 1)
         v = _tokens(args.v_cache, pages, seq_len, args.v_scale).repeat_interleave(group, 1)
         scores = torch.einsum("qhd,khd->hqk", q, k) * args.softmax_scale
-        position = torch.arange(seq_len - len(q), seq_len)
-        seen = torch.arange(seq_len) <= position[:, None] - dropped
+        keys = torch.arange(seq_len, device=q.device)
+        position = keys[seq_len - len(q) :]
+        seen = keys <= position[:, None] - dropped
         p = scores.masked_fill(~seen, float("-inf")).softmax(-1).nan_to_num()
         args.out[starts[seq] : starts[seq + 1]] = torch.einsum("hqk,khd->qhd", p, v)
 
