@@ -47,7 +47,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=("memcheck", "racecheck", "initcheck", "synccheck"),
         help="run one case under that tool of compute-sanitizer",
     )
-    group.addoption("--buffer-map", metavar="FILE", help=argparse.SUPPRESS)  # of the process that --sanitize starts
+    for name in ("--buffer-map", "--fault"):  # of processes that attnreg starts: where they leave addresses
+        group.addoption(name, metavar="FILE", help=argparse.SUPPRESS)
     group.addoption("--reports", metavar="DIR", help="where run logs go (default: reports/ of the project)")
     parser.addini("case_timeout", "seconds a case may take, 0 for no limit", default="300")
 
@@ -89,7 +90,8 @@ def pytest_configure(config: pytest.Config) -> None:
         plugins.register(Postmortem(session))
     elif not config.getoption("usepdb"):
         stderr = os.fdopen(os.dup(2), "w")  # a copy, as pytest captures the real one while cases run
-        plugins.register(Recorder(stderr, limit, disposable=False))
+        fault = Path(chosen) if (chosen := config.getoption("--fault")) else None
+        plugins.register(Recorder(stderr, limit, disposable=False, fault=fault))
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.isolation.autopsy import Death
+from harness.isolation.fault_address import read_fault_address
+from harness.kernel.buffer_map import Span, read_buffer_map
 from harness.session import PROJECT, Session
 from harness.store.record import Record
 from harness.store.run_log import LATEST, read_run
@@ -25,11 +27,13 @@ GRACE = 120.0  # seconds to start and to end, beside the case
 
 @dataclass(frozen=True)
 class Alone:
-    """What became of the child: its record, or how it ended where it left none. `output` is its stdout and stderr."""
+    """What became of the child: its record, or how it ended where it left none."""
 
     record: Record | None
     death: Death
-    output: str
+    output: str = ""  # stdout and stderr
+    buffers: tuple[Span, ...] = ()  # of its launch
+    fault: int | None = None  # address of the access it died of
 
 
 def run_alone(
@@ -50,7 +54,8 @@ def run_alone(
     with tempfile.TemporaryDirectory(prefix="attnreg-") as folder:
         command = [*under, sys.executable, "-m", "pytest", *shlex.split(reproduce)[1:]]
         command += ["-p", "harness.plugin", "-p", "no:cacheprovider", f"--rootdir={config.rootpath}"]
-        command += [f"--reports={folder}", f"--case-timeout={limit}"]
+        buffers, fault = Path(folder) / "buffers.json", Path(folder) / "fault"
+        command += [f"--reports={folder}", f"--case-timeout={limit}", f"--buffer-map={buffers}", f"--fault={fault}"]
         command += ["-n0"] if config.pluginmanager.hasplugin("xdist") else []
         command += ["-c", str(config.inipath)] if config.inipath else []
         path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(PROJECT))))
@@ -66,8 +71,13 @@ def run_alone(
             )
         except subprocess.TimeoutExpired as error:
             return Alone(None, Death(None, _text(error.stderr)), _text(error.stdout) + _text(error.stderr))
-        output, dump = _text(done.stdout), _text(done.stderr)
-        return Alone(_record(Path(folder)), Death(done.returncode, dump), output + dump)
+        return Alone(
+            _record(Path(folder)),
+            Death(done.returncode, _text(done.stderr)),
+            _text(done.stdout) + _text(done.stderr),
+            tuple(read_buffer_map(buffers)),
+            read_fault_address(fault),
+        )
 
 
 def _record(folder: Path) -> Record | None:

@@ -19,6 +19,7 @@ import pytest
 from harness.errors import AttnregError
 from harness.isolation.alone import Alone, run_alone
 from harness.isolation.autopsy import Death, autopsy, how
+from harness.kernel.buffer_map import describe_address
 from harness.run.outcome import Outcome, Verdict
 from harness.session import Found, Session
 
@@ -150,8 +151,14 @@ def second_opinion(crash: Verdict, alone: Alone, before: str | None) -> Verdict:
 
     if alone.record is None or alone.record.outcome in (Outcome.CRASH, Outcome.TIMEOUT):
         end = how(alone.death) if alone.record is None else alone.record.reason
-        said = f"alone in a fresh process it fails too: the process {end}"
-        return replace(crash, explanation=with_row(crash.explanation, "again", said))
+        said = [f"alone in a fresh process it fails too: the process {end}"]
+        if alone.fault is None:
+            return replace(crash, explanation=with_row(crash.explanation, "again", *said))
+        lies = describe_address(alone.fault, alone.buffers) or "near no buffer"
+        said.append(f"address {alone.fault:#x}: {lies}")
+        reason = f"{crash.reason}, {said[-1]}"
+        seen = with_row(crash.explanation, "again", *said)
+        return replace(crash, reason=reason, explanation={**seen, "summary": reason})
     ended = alone.record.outcome.value + (f" ({alone.record.reason})" if alone.record.reason else "")
     behind = f"the case before it was {before}" if before else "no case ran before it"
     reason = f"collateral damage: {crash.reason}, but alone it ends in {ended}; {behind}"

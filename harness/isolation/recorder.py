@@ -10,10 +10,12 @@ import faulthandler
 import importlib
 import os
 from collections.abc import Generator
+from pathlib import Path
 from typing import IO
 
 import pytest
 
+from harness.isolation.fault_address import note_fault_address
 from harness.items import MatrixItem
 from harness.run.outcome import Outcome
 from harness.store.record import Record
@@ -25,11 +27,14 @@ class Recorder:
     """A pytest plugin object, registered where cases run.
 
     file: real file that the last words go to. limit: seconds per case, 0 for none. disposable: whether this process is
-    a worker that is replaced when it ends. fresh: whether each case is to have a process of its own.
+    a worker that is replaced when it ends. fresh: whether each case is to have a process of its own. fault: where the
+    address of a fatal access is noted.
     """
 
-    def __init__(self, file: IO[str], limit: float, *, disposable: bool, fresh: bool = False) -> None:
-        self.file, self.limit, self.disposable, self.fresh = file, limit, disposable, fresh
+    def __init__(
+        self, file: IO[str], limit: float, *, disposable: bool, fresh: bool = False, fault: Path | None = None
+    ) -> None:
+        self.file, self.limit, self.disposable, self.fresh, self.fault = file, limit, disposable, fresh, fault
         self.session: pytest.Session | None = None
 
     def pytest_sessionstart(self, session: pytest.Session) -> None:
@@ -41,12 +46,15 @@ class Recorder:
             return (yield)
         importlib.import_module("harness.run.run_case")  # torch: importing it is not the case's time
         faulthandler.enable(self.file)  # pytest's own goes to stderr, which nobody can tell by case
+        undo = note_fault_address(self.fault) if self.fault else None
         if self.limit:
             faulthandler.dump_traceback_later(self.limit, file=self.file, exit=True)
         try:
             return (yield)
         finally:
             faulthandler.cancel_dump_traceback_later()
+            if undo:
+                undo()
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> Generator[None, None, None]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from harness.errors import UsageError
 from harness.isolation.alone import Alone, run_alone
 from harness.isolation.autopsy import how
-from harness.kernel.buffer_map import Span, describe_address, read_buffer_map
+from harness.kernel.buffer_map import Span, describe_address
 from harness.run.outcome import Outcome, Verdict
 from harness.session import Session
 from harness.store.record import Record
@@ -67,20 +67,20 @@ def sanitized(session: Session, reproduce: str, launches: Sequence[str], tool: s
     launches: names of its device kernels, empty where they are not known. Raises UsageError where there is no tool.
     """
     with tempfile.TemporaryDirectory(prefix="attnreg-") as folder:
-        log, buffers = Path(folder) / "log.txt", Path(folder) / "buffers.json"
+        log = Path(folder) / "log.txt"
         under = [find_tool(), "--tool", tool, "--log-file", str(log), "--target-processes", "application-only"]
         alone = run_alone(
             session,
-            f"{reproduce} --buffer-map {buffers}",
+            reproduce,
             environment=_NO_CACHE,
             under=under,
             limit=session.case_timeout * SLOWER,
         )
         said = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-        return fold(alone, said, read_buffer_map(buffers), launches, tool)
+        return fold(alone, said, launches, tool)
 
 
-def fold(alone: Alone, said: str, buffers: Sequence[Span], launches: Sequence[str], tool: str) -> Verdict:
+def fold(alone: Alone, said: str, launches: Sequence[str], tool: str) -> Verdict:
     """The verdict of the run, with what the tool said in its log."""
     verdict = _verdict_of(alone.record) if alone.record else Verdict(Outcome.CRASH, f"the process {how(alone.death)}")
     findings = read_findings(said)
@@ -91,11 +91,11 @@ def fold(alone: Alone, said: str, buffers: Sequence[Span], launches: Sequence[st
         return Verdict(Outcome.ERROR, "; ".join([f"{tool} checked nothing: {why}", *last]))
     for label, found in ((tool, ours), ("elsewhere", others)):
         if found:
-            verdict = replace(verdict, explanation=with_row(verdict.explanation, label, *_told(found, buffers)))
+            verdict = replace(verdict, explanation=with_row(verdict.explanation, label, *_told(found, alone.buffers)))
     if not ours:
         said_nothing = with_row(verdict.explanation, tool, "found nothing")
         return verdict if verdict.outcome is Outcome.PASS else replace(verdict, explanation=said_nothing)
-    reason = f"{tool}: {_told(ours, buffers)[0]}"
+    reason = f"{tool}: {_told(ours, alone.buffers)[0]}"
     explanation = {**(verdict.explanation or {}), "summary": reason, "shape": f"{tool}: {ours[0].kind}"}
     outcome = Outcome.FAIL if verdict.outcome is Outcome.PASS else verdict.outcome
     return replace(verdict, outcome=outcome, reason=reason, explanation=explanation)

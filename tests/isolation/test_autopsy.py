@@ -5,17 +5,22 @@ from __future__ import annotations
 import faulthandler
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from harness.isolation.alone import Alone
 from harness.isolation.autopsy import Death, autopsy, stack_of
+from harness.isolation.fault_address import read_fault_address
 from harness.isolation.postmortem import memory_kills, second_opinion
+from harness.kernel.buffer_map import Span
 from harness.run.outcome import Outcome
+from harness.session import PROJECT
 from harness.store.record import Record
 
 KERNELS = Path("/k/family")
+BUFFERS = (Span("k_cache", 0x1000, 512),)
 SEGFAULT = """Fatal Python error: Segmentation fault
 
 Thread 0x00007f0000000001 (most recent call first):
@@ -100,7 +105,7 @@ def _alone(outcome: Outcome | None, reason: str = "") -> Alone:
     record = None
     if outcome is not None:
         record = Record("id", "m", "m.yaml", 1, "smoke", "k", outcome, reason)
-    return Alone(record, Death(-11, SEGFAULT), "")
+    return Alone(record, Death(-11, SEGFAULT))
 
 
 def test_a_crash_that_happens_again_is_the_cases_own() -> None:
@@ -109,6 +114,43 @@ def test_a_crash_that_happens_again_is_the_cases_own() -> None:
     assert (seen.outcome, seen.reason) == (crash.outcome, crash.reason)
     assert seen.explanation is not None
     assert seen.explanation["rows"]["again"] == ["alone in a fresh process it fails too: the process died of SIGSEGV"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [(0x1204, "address 0x1204: 4 bytes behind k_cache (of 512 bytes)"), (0, "address 0x0: near no buffer")],
+)
+def test_the_address_of_a_crash_names_the_buffer(fault: int, said: str) -> None:
+    crash = autopsy(Death(-11, SEGFAULT), 5.0, KERNELS)
+    alone = replace(_alone(None), fault=fault, buffers=BUFFERS if fault else ())
+    seen = second_opinion(crash, alone, None)
+    assert seen.reason == f"{crash.reason}, {said}"
+
+
+FAULT = """
+import ctypes, faulthandler, os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from harness.isolation.fault_address import note_fault_address
+faulthandler.enable()
+undo = note_fault_address(Path(sys.argv[2]))
+if sys.argv[3] == "undone":
+    undo()
+if sys.argv[3] == "sent":
+    os.kill(os.getpid(), 11)
+ctypes.string_at(0x123450, 1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "address"), [("read", 0x123450 if sys.platform == "linux" else None), ("undone", None), ("sent", None)]
+)
+def test_the_address_of_a_fatal_access_is_noted(tmp_path: Path, how: str, address: int | None) -> None:
+    arguments = [sys.executable, "-c", FAULT, str(PROJECT), str(tmp_path / "fault"), how]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == -11
+    assert read_fault_address(tmp_path / "fault") == address
+    assert "Segmentation fault" in done.stderr  # faulthandler has its say all the same
 
 
 @pytest.mark.parametrize("before", ["m.yaml::before", None])

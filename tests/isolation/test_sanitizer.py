@@ -88,13 +88,13 @@ def test_reports_of_every_tool_are_read(said: str, first: SanitizerFinding) -> N
     assert read_findings(CLEAN) == []
 
 
-def _alone(outcome: Outcome | None) -> Alone:
+def _alone(outcome: Outcome | None, buffers: tuple[Span, ...] = ()) -> Alone:
     record = None if outcome is None else Record("id", "m", "m.yaml", 1, "smoke", "k", outcome, "")
-    return Alone(record, Death(1, ""), "ImportError: nothing here")
+    return Alone(record, Death(1, ""), "ImportError: nothing here", buffers)
 
 
 def test_a_finding_makes_a_pass_a_failure_and_names_the_buffer() -> None:
-    verdict = fold(_alone(Outcome.PASS), MEMCHECK, BUFFERS, ("paged_kernel",), "memcheck")
+    verdict = fold(_alone(Outcome.PASS, BUFFERS), MEMCHECK, ("paged_kernel",), "memcheck")
     assert verdict.outcome is Outcome.FAIL
     assert verdict.reason == (
         "memcheck: Invalid __global__ read of size 4 bytes in paged_kernel at attention.py:72, address 0x1200: "
@@ -103,17 +103,17 @@ def test_a_finding_makes_a_pass_a_failure_and_names_the_buffer() -> None:
 
 
 def test_a_crash_stays_a_crash_and_says_what_the_tool_found() -> None:
-    verdict = fold(_alone(Outcome.CRASH), MEMCHECK, (), ("paged_kernel",), "memcheck")
+    verdict = fold(_alone(Outcome.CRASH), MEMCHECK, ("paged_kernel",), "memcheck")
     assert verdict.outcome is Outcome.CRASH
     assert "1 bytes after the nearest allocation of size 512 bytes" in verdict.reason
 
 
 def test_findings_in_other_kernels_are_shown_but_not_blamed() -> None:
-    verdict = fold(_alone(Outcome.PASS), INITCHECK, (), ("paged_kernel",), "initcheck")
+    verdict = fold(_alone(Outcome.PASS), INITCHECK, ("paged_kernel",), "initcheck")
     assert verdict.outcome is Outcome.PASS
     assert verdict.explanation is not None
     assert "foreign_kernel" in verdict.explanation["rows"]["elsewhere"][0]
-    assert fold(_alone(Outcome.PASS), INITCHECK, (), (), "initcheck").outcome is Outcome.FAIL
+    assert fold(_alone(Outcome.PASS), INITCHECK, (), "initcheck").outcome is Outcome.FAIL
 
 
 @pytest.mark.parametrize(
@@ -125,10 +125,10 @@ def test_findings_in_other_kernels_are_shown_but_not_blamed() -> None:
     ],
 )
 def test_a_tool_that_checked_nothing_is_no_pass(said: str, because: str) -> None:
-    assert fold(_alone(Outcome.PASS), CLEAN, (), (), "memcheck").outcome is Outcome.PASS
-    verdict = fold(_alone(Outcome.PASS), said, (), (), "memcheck")
+    assert fold(_alone(Outcome.PASS), CLEAN, (), "memcheck").outcome is Outcome.PASS
+    verdict = fold(_alone(Outcome.PASS), said, (), "memcheck")
     assert (verdict.outcome, verdict.reason) == (Outcome.ERROR, f"memcheck checked nothing: {because}")
-    assert fold(_alone(None), said, (), (), "memcheck").reason.endswith("ImportError: nothing here")
+    assert fold(_alone(None), said, (), "memcheck").reason.endswith("ImportError: nothing here")
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,8 @@ arguments = sys.argv[1:]
 log = arguments[arguments.index("--log-file") + 1]
 command = arguments[arguments.index("application-only") + 1 :]
 status = subprocess.run(command).returncode
-buffers = {{b["name"]: b for b in json.load(open(command[command.index("--buffer-map") + 1]))}}
+kept = next(word.partition("=")[2] for word in command if word.startswith("--buffer-map="))
+buffers = {{b["name"]: b for b in json.load(open(kept))}}
 behind = buffers["v_cache"]["start"] + buffers["v_cache"]["size"] + 4
 open(log, "w").write({text!r}.replace("ADDRESS", hex(behind)))
 sys.exit(status)

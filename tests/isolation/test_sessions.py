@@ -10,17 +10,24 @@ from harness.run.outcome import Outcome
 from tests.plugin.test_session import EXPECT, FEW, KERNELS, MATRIX, Toys
 
 DEADLY = {  # kernel: outcome, and what the reason has to say
-    "toy_segfaulting": (Outcome.CRASH, "the process died of SIGSEGV at toy.py:"),
+    "toy_fenced": (Outcome.CRASH, " of v_cache ("),
     "toy_gorging": (Outcome.OUT_OF_MEMORY, "can't allocate memory"),
     "toy_quitting": (Outcome.FAIL, "SystemExit"),
     "toy_stumbling": (Outcome.CRASH, "collateral damage: the process died of SIGSEGV"),
 }
-KERNELS_IN_ORDER = "toy_littering, toy_stumbling, toy_segfaulting, toy_spinning, toy_gorging, toy_quitting, toy_honest"
+KERNELS_IN_ORDER = "toy_littering, toy_stumbling, toy_fenced, toy_spinning, toy_gorging, toy_quitting, toy_honest"
 KNOWN = EXPECT.format(kernel="toy_spinning", until="2999-01-01").replace("outcome: FAIL", "outcome: TIMEOUT")
 
 
 def test_every_way_to_die_is_told_and_costs_no_other_case(toys: Toys) -> None:
-    result = toys.run(KERNELS_IN_ORDER, "--case-timeout=3", "--junitxml=junit.xml", expect=KNOWN + FEW, isolated=True)
+    result = toys.run(
+        KERNELS_IN_ORDER,
+        "--case-timeout=3",
+        "--junitxml=junit.xml",
+        axes="page_size: [256]",
+        expect=KNOWN + FEW,
+        isolated=True,
+    )
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.stdout.fnmatch_lines(["attnreg: cases run in 1 worker process, *"])
     records = {record.id: record for record in toys.records}
@@ -33,9 +40,10 @@ def test_every_way_to_die_is_told_and_costs_no_other_case(toys: Toys) -> None:
     by_kernel = {record.kernel: record for record in records.values()}
     for kernel, (outcome, words) in DEADLY.items():
         assert (by_kernel[kernel].outcome, words in by_kernel[kernel].reason) == (outcome, True), by_kernel[kernel]
-    segfault, timeout = by_kernel["toy_segfaulting"].explanation, by_kernel["toy_spinning"].explanation
+    segfault, timeout = by_kernel["toy_fenced"].explanation, by_kernel["toy_spinning"].explanation
     assert segfault is not None
-    assert segfault["rows"]["again"] == ["alone in a fresh process it fails too: the process died of SIGSEGV"]
+    assert segfault["rows"]["again"][0] == "alone in a fresh process it fails too: the process died of SIGSEGV"
+    assert segfault["rows"]["again"][1].startswith("address 0x")
     assert timeout is not None
     assert " in spinning" in timeout["rows"]["hung"][0]
     before = f"alone it ends in PASS; the case before it was toys.yaml::{by_kernel['toy_littering'].id}"
@@ -45,7 +53,7 @@ def test_every_way_to_die_is_told_and_costs_no_other_case(toys: Toys) -> None:
     assert len(cases) == 8
     assert sum(case.find("failure") is not None for case in cases) == len(DEADLY)
     assert not [case for case in cases if case.find("error") is not None]
-    again = toys.run(KERNELS_IN_ORDER, "--lf", "--collect-only", "-q", expect=KNOWN + FEW)
+    again = toys.run(KERNELS_IN_ORDER, "--lf", "--collect-only", "-q", axes="page_size: [256]", expect=KNOWN + FEW)
     assert sorted(line.split("-")[1] for line in again.outlines if "::" in line) == sorted(DEADLY)
 
 

@@ -33,6 +33,7 @@ KERNELS = (
     _toy("raising", "raises"),
     _toy("exiting", "ends the process"),
     _toy("segfaulting", "reads address 0"),
+    _toy("fenced", "reads a page of v_cache that nothing is mapped to"),
     _toy("aborting", "aborts"),
     _toy("spinning", "does not end"),
     _toy("hungry", "asks for more memory than there is"),

@@ -73,6 +73,13 @@ def segfaulting(args: LaunchArguments) -> None:
     ctypes.string_at(0)
 
 
+def fenced(args: LaunchArguments) -> None:
+    page = os.sysconf("SC_PAGE_SIZE")
+    inside = -(-args.v_cache.data_ptr() // page) * page
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(inside), ctypes.c_size_t(page), 0) == 0
+    ctypes.string_at(inside + 8, 1)
+
+
 def aborting(args: LaunchArguments) -> None:
     os.abort()
 
