@@ -16,6 +16,7 @@ DEADLY = {  # kernel: outcome, and what the reason has to say
     "toy_stumbling": (Outcome.CRASH, "collateral damage: the process died of SIGSEGV"),
 }
 KERNELS_IN_ORDER = "toy_littering, toy_stumbling, toy_fenced, toy_spinning, toy_gorging, toy_quitting, toy_honest"
+AXES = "page_size: [256]"  # so that a page of memory lies within the cache
 KNOWN = EXPECT.format(kernel="toy_spinning", until="2999-01-01").replace("outcome: FAIL", "outcome: TIMEOUT")
 
 
@@ -24,7 +25,7 @@ def test_every_way_to_die_is_told_and_costs_no_other_case(toys: Toys) -> None:
         KERNELS_IN_ORDER,
         "--case-timeout=3",
         "--junitxml=junit.xml",
-        axes="page_size: [256]",
+        axes=AXES,
         expect=KNOWN + FEW,
         isolated=True,
     )
@@ -53,7 +54,7 @@ def test_every_way_to_die_is_told_and_costs_no_other_case(toys: Toys) -> None:
     assert len(cases) == 8
     assert sum(case.find("failure") is not None for case in cases) == len(DEADLY)
     assert not [case for case in cases if case.find("error") is not None]
-    again = toys.run(KERNELS_IN_ORDER, "--lf", "--collect-only", "-q", axes="page_size: [256]", expect=KNOWN + FEW)
+    again = toys.run(KERNELS_IN_ORDER, "--lf", "--collect-only", "-q", axes=AXES, expect=KNOWN + FEW)
     assert sorted(line.split("-")[1] for line in again.outlines if "::" in line) == sorted(DEADLY)
 
 
