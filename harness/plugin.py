@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, MutableMapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -53,7 +53,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addini("case_timeout", "seconds a case may take, 0 for no limit", default="300")
 
 
+def share_cores(environ: MutableMapping[str, str], cores: int) -> None:
+    """Give a worker its share of the cores, before it imports torch, which would take all of them in every worker."""
+    if workers := int(environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+        environ.setdefault("OMP_NUM_THREADS", str(max(cores // workers, 1)))
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    share_cores(os.environ, os.cpu_count() or 1)
     try:
         session = Session.from_config(config)
         limit = session.case_timeout

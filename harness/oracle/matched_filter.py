@@ -18,7 +18,7 @@ Each page of each sequence, and all pages together (of a sequence, and of the ba
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +26,7 @@ import torch
 from harness.dtypes import element_type
 from harness.kernel.numerics import NumericsProfile
 from harness.oracle.gains import K_DESCALE, V_DESCALE, Gain, GainFindings
-from harness.oracle.row_noise import num_products, row_noise
+from harness.oracle.row_noise import MOST_WEIGHTS, by_gram, row_noise, rows_alike
 from references.attention import AttentionInputs
 from references.rows import Rows, attention_rows
 
@@ -34,10 +34,12 @@ Z_LIMIT = 7.0
 FALSE_ALARM = math.erfc(Z_LIMIT / math.sqrt(2))  # probability per statistic, 2.6e-12
 MAX_ROWS = 64  # sampled per sequence
 MAX_HEAD_ROWS = 256  # sampled rows times gqa_ratio
+MAX_WORK, FEWEST_ROWS = 1 << 29, 8  # query heads x keys x dims of the rows of a sequence, unless so few need more
 MAX_GAINS = 16  # listed
 MIN_ENERGY = 1e-24  # of the signature of a row; less is a page that the row does not attend to
-_SMALL = {"cpu": 1 << 21, "cuda": 1 << 24}  # elements up to which a batch may consist of padding; beyond, of one half
-_ELEMENTS = 1 << 25  # of the largest temporary of a part of one sequence, where it has more than one row
+_PADDING = {"cpu": 1 << 18, "cuda": 1 << 24}  # elements up to which a batch may be padding; beyond, half of it
+_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 26}  # of the largest float32 temporary, where one row needs no more
+_PASSES = 16  # float64 temporaries of the scores of a row that count as one float32 temporary would
 
 
 @dataclass(frozen=True)
@@ -63,16 +65,14 @@ def find_gains(inputs: AttentionInputs, out: torch.Tensor, filters: PageFilter) 
     """
     if not filters.applies():
         return GainFindings()
-    parts = [_statistics(inputs, out, filters, batch) for batch in batches(inputs, filters.page_size)]
-    return _findings(parts, filters)
+    return _findings(_all_statistics(inputs, out, filters), filters)
 
 
 def least_gains(inputs: AttentionInputs, filters: PageFilter) -> GainFindings:
     """The same before a launch: only what could be detected (`least_k`, `least_v`) is known."""
     if not filters.applies():
         return GainFindings()
-    parts = [_statistics(inputs, None, filters, batch) for batch in batches(inputs, filters.page_size)]
-    return _findings(parts, filters)
+    return _findings(_all_statistics(inputs, None, filters), filters)
 
 
 def least_of_pages(inputs: AttentionInputs, filters: PageFilter) -> dict[int, torch.Tensor]:
@@ -82,46 +82,77 @@ def least_of_pages(inputs: AttentionInputs, filters: PageFilter) -> dict[int, to
     """
     if not filters.applies():
         return {}
-    parts = [_statistics(inputs, None, filters, batch) for batch in batches(inputs, filters.page_size)]
-    sequences, table = _table(parts, filters)
+    sequences, table = _table(_all_statistics(inputs, None, filters), filters)
     least = _least(table)[:-1, ..., :-1]  # [num_seqs, num_kv_heads, 2, most pages]
     return {s: least[i, ..., : len(filters.pages[s])] for i, s in enumerate(sequences)}
 
 
-def sampled(query_len: int, group: int) -> tuple[int, ...]:
-    """Rows to look at: the first, the last and evenly spread ones between."""
-    count = min(query_len, MAX_ROWS, max(MAX_HEAD_ROWS // group, 4))
+def sampled(query_len: int, group: int, most: int = MAX_ROWS) -> tuple[int, ...]:
+    """Rows to look at: the first, the last and evenly spread ones between, at most `most`."""
+    count = min(query_len, most, MAX_ROWS, max(MAX_HEAD_ROWS // group, 4))
     return tuple(sorted({round(i * (query_len - 1) / max(count - 1, 1)) for i in range(count)}))
 
 
-def batches(inputs: AttentionInputs, page_size: int) -> Iterator[list[tuple[int, tuple[int, ...]]]]:
-    """(sequence, sampled rows) in lists that are computed together, padded; a large sequence is cut by rows."""
+@dataclass(frozen=True)
+class Part:
+    """Sampled rows of one sequence that are looked at together; `whole` if they are all of them."""
+
+    sequence: int
+    rows: tuple[int, ...]
+    seq_len: int
+    whole: bool
+
+
+def batches(inputs: AttentionInputs, filters: PageFilter) -> Iterator[list[Part]]:
+    """Parts in lists that are computed together, padded, largest first; a large sequence is cut by rows.
+
+    No float32 temporary of a batch has more than _ELEMENTS elements, unless a single row of one sequence does.
+    """
     heads = inputs.q.shape[1]
-    group = heads // inputs.k.shape[1]
+    group, size, device = heads // inputs.k.shape[1], inputs.v.shape[2], inputs.q.device.type
 
     def elements(num_rows: int, seq_len: int) -> int:
-        signatures, size = 2 * (-(-seq_len // page_size) + 1), inputs.v.shape[2]
-        return num_rows * heads * max(signatures * size, seq_len * num_products(signatures, size))
+        signatures = 2 * (-(-seq_len // filters.page_size) + 1)
+        per_key = _PASSES if by_gram(signatures, MOST_WEIGHTS, size) else max(signatures, _PASSES)
+        return num_rows * heads * max(signatures * size, seq_len * per_key)
 
-    small = _SMALL.get(inputs.q.device.type, 0)  # launches cost a GPU more than padding, a CPU less
-    batch: list[tuple[int, tuple[int, ...]]] = []
-    order = sorted(range(len(inputs.seq_lens)), key=lambda s: -inputs.seq_lens[s])
-    longest = most_rows = own = 0
-    for sequence in order:
-        seq_len, rows = inputs.seq_lens[sequence], sampled(inputs.query_lens[sequence], group)
-        if seq_len <= 0 or not rows:
-            continue
-        longest, most_rows = max(longest, seq_len), max(most_rows, len(rows))
-        own += elements(len(rows), seq_len)
-        if batch and (len(batch) + 1) * elements(most_rows, longest) > max(small, 2 * own):
+    limit, padding = _ELEMENTS[device], _PADDING[device]
+    parts = []
+    for sequence, seq_len in enumerate(inputs.seq_lens):
+        affordable = max(MAX_WORK // (heads * size * max(seq_len, 1)), FEWEST_ROWS)
+        rows = sampled(inputs.query_lens[sequence], group, affordable)
+        if seq_len > 0 and rows:
+            step = max(limit // elements(1, seq_len), 1)
+            parts += [
+                Part(sequence, rows[start : start + step], seq_len, step >= len(rows))
+                for start in range(0, len(rows), step)
+            ]
+    parts.sort(key=lambda part: (-part.seq_len, -len(part.rows), part.sequence))
+    batch: list[Part] = []
+    own = most_rows = 0
+    for part in parts:
+        most_rows, own = max(most_rows, len(part.rows)), own + elements(len(part.rows), part.seq_len)
+        padded = (len(batch) + 1) * elements(most_rows, batch[0].seq_len if batch else part.seq_len)
+        if batch and (padded > limit or padded > max(padding, 2 * own)):
             yield batch
-            batch, longest, most_rows, own = [], seq_len, len(rows), elements(len(rows), seq_len)
-        step = max(_ELEMENTS // elements(1, seq_len), 1)
-        for start in range(0, len(rows) - step, step):
-            yield [(sequence, rows[start : start + step])]
-        batch.append((sequence, rows[(len(rows) - 1) // step * step :]))
+            batch, most_rows, own = [], len(part.rows), elements(len(part.rows), part.seq_len)
+        batch.append(part)
     if batch:
         yield batch
+
+
+def _all_statistics(inputs: AttentionInputs, out: torch.Tensor | None, filters: PageFilter) -> list[Statistics]:
+    """Statistics of all batches; rows that round alike are counted over all parts of their sequence first."""
+    todo = list(batches(inputs, filters))
+    cut: dict[int, list[Part]] = {}
+    for part in (part for batch in todo for part in batch if not part.whole):
+        cut.setdefault(part.sequence, []).append(part)
+    alike: dict[Part, torch.Tensor] = {}
+    for sequence, parts in cut.items():
+        seen = [attention_rows(inputs, [sequence], [part.rows]).out for part in parts]  # [1, heads, rows * group, dv]
+        counts = rows_alike(torch.cat(seen, dim=2), filters.profile, filters.q_dtype)
+        alike |= zip(parts, torch.split(counts, [x.shape[2] for x in seen], dim=2), strict=True)
+    return [_statistics(inputs, out, filters, batch, alike) for batch in todo]
 
 
 @dataclass(frozen=True)
@@ -181,12 +212,13 @@ def _statistics(
     inputs: AttentionInputs,
     out: torch.Tensor | None,
     filters: PageFilter,
-    batch: Sequence[tuple[int, tuple[int, ...]]],
+    batch: Sequence[Part],
+    alike: Mapping[Part, torch.Tensor],
 ) -> Statistics:
-    rows = attention_rows(inputs, [s for s, _ in batch], [chosen for _, chosen in batch])
+    rows = attention_rows(inputs, [part.sequence for part in batch], [part.rows for part in batch])
     cached_lens = torch.tensor([filters.cached_lens[s] for s in rows.sequences], device=rows.p.device)
     cached = torch.arange(rows.p.shape[3], device=rows.p.device) < cached_lens[:, None]  # [num_seqs, n]
-    noise = row_noise(rows, filters.profile, filters.q_dtype)
+    noise = row_noise(rows, filters.profile, filters.q_dtype, _alike(rows, batch, alike, filters))
     x = page_signatures(rows, filters.page_size, cached)  # [num_seqs, num_kv_heads, R * group, T, dv]
     x = x.contiguous() * noise.used[..., None, None]
     moments = noise.moments(x)
@@ -200,6 +232,16 @@ def _statistics(
     sums.append(product.sum(2).square() / energy.sum(2).clamp(min=MIN_ENERGY))
     stacked = torch.stack(sums).cpu().view(len(sums), len(rows.sequences), sums[0].shape[1], 2, -1)
     return Statistics(rows.sequences, *stacked)
+
+
+def _alike(rows: Rows, batch: Sequence[Part], alike: Mapping[Part, torch.Tensor], filters: PageFilter) -> torch.Tensor:
+    """How many rows round as each does [num_seqs, num_kv_heads, R * gqa_ratio], those of other parts included."""
+    count = rows_alike(rows.out, filters.profile, filters.q_dtype)
+    for i, part in enumerate(batch):
+        if part in alike:
+            known = alike[part]
+            count[i, :, : known.shape[2]] = known[0]
+    return count
 
 
 def _table(parts: Sequence[Statistics], filters: PageFilter) -> tuple[list[int], torch.Tensor]:

@@ -32,9 +32,12 @@ from harness.oracle.tolerance import (
     TRUNCATION,
     U32,
 )
+from references.moments import product
 from references.rows import Rows
 
-NUM_WEIGHTS = 4  # weight sets of a row: cast, logits, probability, flushed
+GRAM_ELEMENTS = 1 << 26  # of the largest temporary on the way to a Gram matrix
+MOST_WEIGHTS = 4  # weight sets of a row
+NEVER_FLUSHES = 1e-30  # half a subnormal of P below this takes no key away
 SNAP = 8  # in roundoffs: closer than this to 1, P = 1 - p snaps to 1 and an output to the value that is stored
 SPREAD = 8  # in roundoffs: logits of a row spread by less give P that round alike
 COARSEST = 2.0**-12  # roundoffs below this are taken as this where rows are told apart
@@ -52,71 +55,102 @@ class Moments:
 
 @dataclass(frozen=True)
 class RowNoise:
-    """Roundings of some rows, float32 (1 % would do). L = [num_seqs, num_kv_heads, R * gqa_ratio]."""
+    """Roundings of some rows, float32 (1 % would do). L = [num_seqs, num_kv_heads, R * gqa_ratio].
 
-    v: torch.Tensor  # [num_seqs, num_kv_heads, n, head_size_v]
+    Values are taken about their mean, so that squares of differences do not cancel.
+    """
+
+    values: torch.Tensor  # [num_seqs, num_kv_heads, n, head_size_v] v_j - mean, in the type of matrix products
+    mean: torch.Tensor  # [num_seqs, num_kv_heads, 1, head_size_v] of v
     out: torch.Tensor  # [L, head_size_v]
     used: torch.Tensor  # [L] bool
     alike: torch.Tensor  # [L] number of rows that round as this one does, itself included
-    weights: torch.Tensor  # [L, 4, n]: cast^2 / 3, logit variance, p, A of flushed keys
+    weights: dict[str, torch.Tensor]  # [L, n]: cast (squares / 3), mass (p), flushed (A of lost keys), logit (squares)
+    logit_of_cast: torch.Tensor  # [L] variance from logits per variance from the cast, where they have no weights
     sum_after_cast: bool
     coherent: torch.Tensor  # [L] b'
     per_dim: torch.Tensor  # [L, head_size_v] variances of errors that are independent per dim
     row_sum: torch.Tensor  # [L] variance of the relative error of the row sum
     truncation: torch.Tensor  # [L] c (n / k) 2^-24
-    accumulator: torch.Tensor  # [L] relative error of 8-bit matrix units' short accumulators
+    accumulator: torch.Tensor | None  # [L] relative error of 8-bit matrix units' short accumulators
     second_order: float  # u_P^2 + u_out^2
     out_bias: float  # relative bias of the output cast where its numbers are too coarse to average
 
     def moments(self, x: torch.Tensor) -> Moments:
         """Of float32 signatures `x` [L, T, head_size_v]; every result [L, T]."""
-        along = (x @ self.out[..., None])[..., 0]  # [L, T]
-        squares = weighted_squares(x, self.weights, self.v)  # [L, T, 4]
-        cast, logit, mass, flushed = squares.unbind(-1)
-        means = (self.weights[..., :2, :].flatten(2, 3) @ self.v).view(*self.weights.shape[:3], 2, -1)  # [L, 2, dv]
-        totals = self.weights[..., :2, :].sum(-1)  # [L, 2]
-        shift = -2 * along[..., None] * (x @ means.transpose(-1, -2))  # [L, T, 2]
-        shift += (along * along)[..., None] * totals[..., None, :]
-        variance = (logit + shift[..., 1]).clamp_(min=0)
-        variance += torch.maximum(cast, cast + shift[..., 0]) if self.sum_after_cast else cast
+        along = (x @ self.out[..., None])[..., 0]  # [L, T] x = o . X
+        level = (x @ self.mean.transpose(2, 3)[:, :, None])[..., 0]  # [L, T] mean . X
+        sums = self._sums(x)
+
+        def about(name: str, centre: torch.Tensor | float) -> torch.Tensor:
+            """sum_j w_j (y_j - centre)^2 [L, T]"""
+            square, first, total = sums[name]
+            shift = level - centre
+            return (square + 2 * shift * first + shift * shift * total).clamp_(min=0)
+
+        cast, around = about("cast", 0.0), about("cast", along)
+        variance = about("logit", along) if "logit" in sums else self.logit_of_cast[..., None] * around
+        variance += torch.maximum(cast, around) if self.sum_after_cast else cast
         variance += (x * x @ self.per_dim[..., None])[..., 0]
         variance += self.row_sum[..., None] * along * along
         variance *= self.alike[..., None]
 
-        lost = self.weights[..., 3, :].sum(-1)[..., None]  # [L, 1]
-        bias = self.coherent[..., None] * (mass - along * along).clamp_(min=0).sqrt_()
-        bias += self.accumulator[..., None] * mass.clamp(min=0).sqrt_()
-        bias += (lost * flushed.clamp(min=0)).sqrt_()
-        if self.sum_after_cast:
-            bias += lost * along.abs()
+        bias = self.coherent[..., None] * about("mass", along).sqrt_()
+        if self.accumulator is not None:
+            bias += self.accumulator[..., None] * about("mass", 0.0).sqrt_()
+        if "flushed" in sums:
+            lost = sums["flushed"][2]  # [L, 1]
+            bias += (lost * about("flushed", 0.0)).sqrt_()
+            if self.sum_after_cast:
+                bias += lost * along.abs()
         by_dim = (x.abs() @ self.out.abs()[..., None])[..., 0]
         bias += (self.truncation[..., None] + self.out_bias) * by_dim
         return Moments((x * x).sum(-1), variance, bias, along)
 
+    def _sums(self, x: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """By weight: sums over keys of w (v . x)^2, w v . x [L, T] and w [L, 1]."""
+        stacked = torch.stack(list(self.weights.values()), dim=3)  # [L, W, n]
+        squares = weighted_squares(x, stacked, self.values)  # [L, T, W]
+        moved = product(stacked.flatten(2, 3).flatten(0, 1).to(self.values.dtype), self.values.flatten(0, 1))
+        first = x @ moved.view(*stacked.shape[:4], -1).transpose(3, 4)  # [L, T, W]
+        total = stacked.sum(-1)[..., None, :]  # [L, 1, W]
+        return {name: (squares[..., i], first[..., i], total[..., i]) for i, name in enumerate(self.weights)}
+
 
 def weighted_squares(x: torch.Tensor, weights: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """sum_j w_j (v_j . x)^2: [..., R, T, W] of x [..., R, T, d], weights [..., R, W, n] and v [..., n, d].
+    """sum_j w_j (v_j . x)^2: float32 [B, H, R, T, W] of x [B, H, R, T, d], weights [B, H, R, W, n] and v [B, H, n, d].
 
-    Through y = x V^T, or, where signatures are many, through the Gram matrices sum_j w_j v_j v_j^T of each row.
+    Through y = x V^T, or, where signatures are many, through the Gram matrices sum_j w_j v_j v_j^T of each row, for
+    some rows at a time. Products are taken in the type of `v` and added up in float32.
     """
-    num_signatures, size = x.shape[-2:]
-    if num_products(num_signatures, size) == num_signatures:
-        y = (x.flatten(-3, -2) @ v.transpose(-1, -2)).view(*x.shape[:-1], -1).square_()  # [..., R, T, n]
-        return torch.matmul(y, weights.transpose(-1, -2))
-    forms, values = [], v.unsqueeze(-3)  # [..., 1, n, d]
-    for w in weights.unbind(-2):  # [..., R, n]
-        gram = (w[..., None] * values).transpose(-1, -2) @ values  # [..., R, d, d]
-        forms.append(((x @ gram) * x).sum(-1))
-    return torch.stack(forms, dim=-1)
+    width, size = weights.shape[3], v.shape[3]
+    if not by_gram(x.shape[3], width, size):
+        flat = x.flatten(2, 3).flatten(0, 1).to(v.dtype)
+        y = product(flat, v.transpose(2, 3).flatten(0, 1)).square_()  # [B * H, R * T, n]
+        return torch.matmul(y.view(*x.shape[:4], -1), weights.transpose(3, 4))
+    keys_last = v.transpose(2, 3).contiguous()[:, :, None]  # [B, H, 1, d, n]
+    at_once = max(GRAM_ELEMENTS // v.numel(), 1)  # rows
+    result = x.new_empty(*x.shape[:4], width)
+    for start in range(0, x.shape[2], at_once):
+        rows = slice(start, start + at_once)
+        for i, w in enumerate(weights[:, :, rows].to(v.dtype).unbind(3)):  # [B, H, rows, n]
+            weighted = w[:, :, :, None] * keys_last
+            gram = product(weighted.flatten(2, 3).flatten(0, 1), v.flatten(0, 1))  # [B * H, rows * d, d]
+            part = x[:, :, rows]
+            result[:, :, rows, :, i] = ((part @ gram.view(*w.shape[:3], size, size)) * part).sum(-1)
+    return result
 
 
-def num_products(num_signatures: int, size: int) -> int:
-    """Elements per row and key of the larger temporary of weighted_squares: y_j per signature, or w_j v_j."""
-    return num_signatures if num_signatures <= NUM_WEIGHTS * size else size
+def by_gram(num_signatures: int, num_weights: int, size: int) -> bool:
+    """Whether Gram matrices are the cheaper way to weighted squares: y takes memory traffic, they take products."""
+    return 4 * num_signatures > num_weights * size
 
 
-def row_noise(rows: Rows, profile: NumericsProfile, q_dtype: str) -> RowNoise:
-    """The roundings that `profile` declares for `rows`."""
+def row_noise(rows: Rows, profile: NumericsProfile, q_dtype: str, alike: torch.Tensor | None = None) -> RowNoise:
+    """The roundings that `profile` declares for `rows`.
+
+    `alike` [num_seqs, num_kv_heads, R * gqa_ratio], where `rows` are a part of those looked at: see rows_alike.
+    """
     out_type = element_type(profile.out_type(q_dtype))
     p_types = [element_type(profile.p_type(q_dtype, cached)) for cached in (True, False)]
     p_type = max(p_types, key=lambda kind: kind.unit_roundoff)
@@ -138,16 +172,17 @@ def row_noise(rows: Rows, profile: NumericsProfile, q_dtype: str) -> RowNoise:
     size = rows.scores.masked_fill(~rows.visible, 0.0).abs_()  # [L, n] of the logits
     top = size.amax(-1)  # [L]
     dot = DOT_FACTOR * element_type(profile.dot_reduce).unit_roundoff * rows.dot_bound  # [L]
-    logit = dot[..., None].square() + (_roundoff(profile.s_dtype) * size).square_() / 3
-    logit *= p * p
-    weights = torch.stack((cast, logit, p, half_ulp.masked_fill(~flushed, 0.0)), dim=-2)  # [L, 4, n]
+    weights = {"cast": cast, "mass": p}
+    if max(kind.half_subnormal for kind in p_types) / profile.p_scale > NEVER_FLUSHES:
+        weights["flushed"] = half_ulp.masked_fill(~flushed, 0.0)
+    if profile.s_dtype != "fp32":
+        weights["logit"] = (dot[..., None].square() + (_roundoff(profile.s_dtype) * size).square_() / 3).mul_(p * p)
 
     depth, bits = _accumulator(profile, p_type)
-    zero = torch.zeros_like(n)
     short = bits < 24
     keys = n if profile.promote_every is None else n.clamp(max=profile.promote_every)
-    truncation = TRUNCATION * (n / depth) * U32 if depth and not short else zero
-    accumulator = keys / depth * (depth / 4 + 1) * 2.0**-bits if depth and short else zero
+    truncation = TRUNCATION * (n / depth) * U32 if depth and not short else torch.zeros_like(n)
+    accumulator = keys / depth * (depth / 4 + 1) * 2.0**-bits if depth and short else None
     q_type = max((element_type(profile.q_type(q_dtype, c)) for c in (True, False)), key=lambda kind: kind.unit_roundoff)
     q_depth, q_bits = _accumulator(profile, q_type)
     coherent = EXP_ULPS * U32 * (1 + top)  # [L]
@@ -165,18 +200,22 @@ def row_noise(rows: Rows, profile: NumericsProfile, q_dtype: str) -> RowNoise:
         per_dim += partial.square_().div_(3)
     single = torch.float32
     coarse = max(p_type.unit_roundoff, out_type.unit_roundoff)
+    mean = rows.v.mean(2, keepdim=True)  # padded keys count as zeros: any centre is as right
+    finest = min(kind.unit_roundoff for kind in p_types)
     return RowNoise(
-        v=rows.v.to(single),
+        values=(rows.v - mean).to(torch.bfloat16 if p.is_cuda else single),
+        mean=mean.to(single),
         out=out.to(single),
         used=_generic(rows, coarse, out_type.unit_roundoff),
-        alike=_alike(out, out_type.unit_roundoff).to(single),
-        weights=weights.to(single),
+        alike=(rows_alike(out, profile, q_dtype) if alike is None else alike).to(single),
+        weights={name: weight.to(single) for name, weight in weights.items()},
+        logit_of_cast=(3 * (dot / finest).square_()).to(single),  # p^2 <= 3 cast / u_P^2 of a key that is not lost
         sum_after_cast=profile.sum_after_cast,
         coherent=coherent.to(single),
         per_dim=per_dim.to(single),
         row_sum=rounding.to(single),
         truncation=truncation.to(single),
-        accumulator=accumulator.to(single),
+        accumulator=None if accumulator is None else accumulator.to(single),
         second_order=p_type.unit_roundoff**2 + out_type.unit_roundoff**2,
         out_bias=out_type.unit_roundoff if out_type.size == 1 else 0.0,
     )
@@ -200,19 +239,23 @@ def _half_ulp(values: torch.Tensor, kind: ElementType) -> torch.Tensor:
 
 
 def _generic(rows: Rows, coarse: float, out_roundoff: float) -> torch.Tensor:
-    """Rows [L] whose roundings are no repetition of one another: no key has all the mass, nor all keys the same."""
+    """Rows [L] whose roundings are no repetition of one another: no key has all the mass, nor all keys the same.
+
+    What a sink takes is no key's: beside it, one key alone still gives p v, whose dims round alike where V is coarse.
+    """
     seen = rows.visible
     count = seen.sum(-1).clamp(min=1)
     scores = rows.scores.masked_fill(~seen, 0.0)
     mean = scores.sum(-1) / count
     deviation = (scores - mean[..., None]).masked_fill_(~seen, 0.0).square_().sum(-1).div_(count).sqrt_()
     real = rows.real.repeat_interleave(rows.group, dim=1)[:, None]
-    return (rows.p.amax(-1) < 1 - SNAP * max(out_roundoff, COARSEST)) & (deviation >= SPREAD * coarse) & real
+    alone = rows.p.amax(-1) >= (1 - SNAP * max(out_roundoff, COARSEST)) * rows.p.sum(-1)
+    return ~alone & (deviation >= SPREAD * coarse) & real
 
 
-def _alike(out: torch.Tensor, out_roundoff: float) -> torch.Tensor:
-    """Rows of the same sequence and KV head with nearly the same output, each: [L] of out [L, head_size_v]."""
+def rows_alike(out: torch.Tensor, profile: NumericsProfile, q_dtype: str) -> torch.Tensor:
+    """How many rows of the same sequence and KV head have nearly the same output, each: of `out`, [L] of [L, dv]."""
+    roundoff = max(element_type(profile.out_type(q_dtype)).unit_roundoff, COARSEST)
     direction = out / out.norm(dim=-1, keepdim=True).clamp_min_(1e-300)
-    close = 1 - 8 * max(out_roundoff, COARSEST) ** 2
-    count: torch.Tensor = ((direction @ direction.transpose(-1, -2)) > close).sum(-1).clamp_(min=1)
+    count: torch.Tensor = ((direction @ direction.transpose(-1, -2)) > 1 - 8 * roundoff**2).sum(-1).clamp_(min=1)
     return count

@@ -10,10 +10,18 @@ import pytest
 import torch
 
 from harness.kernel.numerics import NumericsProfile, PerKey
-from harness.oracle import matched_filter
+from harness.oracle import matched_filter, row_noise
 from harness.oracle.gains import K_DESCALE, V_DESCALE
-from harness.oracle.matched_filter import FALSE_ALARM, Z_LIMIT, PageFilter, find_gains, least_gains, least_of_pages
-from harness.oracle.row_noise import weighted_squares
+from harness.oracle.matched_filter import (
+    FALSE_ALARM,
+    Z_LIMIT,
+    PageFilter,
+    find_gains,
+    least_gains,
+    least_of_pages,
+    sampled,
+)
+from harness.oracle.row_noise import by_gram, weighted_squares
 from references.attention import AttentionInputs
 from tests.oracle.cases import FEATURES, judged, make_case, ratios
 from tests.oracle.emulated_kernel import Schedule, run_emulated
@@ -74,6 +82,37 @@ def test_data_that_is_not_generic_gives_no_false_alarm(spread: float, mean: floa
             scaled = replace(inputs, v=(size * (inputs.v + mean)).to(inputs.q.dtype).float())
             out, _ = run_emulated(scaled, NumericsProfile(), q_dtype)
             assert find_gains(scaled, out, filter_of(scaled, NumericsProfile(), q_dtype)).z < Z_LIMIT
+
+
+def test_one_key_beside_a_sink_is_not_looked_at() -> None:
+    """Its output is p v, and V of eight bits has four mantissas: the dims of a row round alike, not on their own."""
+    inputs = make_case("normal", "bf16", lengths=((64,), (64,)), group=4, size=128, sinks=True, causal=False)
+    k = torch.zeros_like(inputs.k)
+    k[30] = 8.0  # all but e^-20 of what the sink leaves
+    coarse = inputs.v.to(torch.float8_e5m2).float()
+    alone = replace(inputs, q=inputs.q * 0.1 + 0.3, k=k, v=coarse, sinks=torch.linspace(26.0, 28.0, 8))
+    profile = PROFILES["fp32 P"]
+    out, _ = run_emulated(alone, profile, "bf16")
+    found = find_gains(alone, out, filter_of(alone, profile, "bf16"))
+    assert (found.z, found.num_statistics) == (0.0, 0)
+
+
+def test_rows_that_round_alike_are_counted_across_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = _smooth(make_case("normal", "bf16", lengths=((64,), (128,)), group=4), 1e-3)
+    out, _ = run_emulated(inputs, NumericsProfile(), "bf16")
+    filters = filter_of(inputs, NumericsProfile(), "bf16")
+    together = find_gains(inputs, out, filters)
+    monkeypatch.setitem(matched_filter._ELEMENTS, inputs.q.device.type, 1 << 16)
+    assert len(list(matched_filter.batches(inputs, filters))) > 4
+    apart = find_gains(inputs, out, filters)
+    assert apart.least_v == pytest.approx(together.least_v, rel=1e-3)
+    assert apart.z == pytest.approx(together.z, rel=1e-3)
+
+
+def test_long_sequences_are_looked_at_in_fewer_rows() -> None:
+    rows = [sampled(2048, 4, most) for most in (64, 16, 3)]
+    assert [len(r) for r in rows] == [64, 16, 3]
+    assert all((r[0], r[-1]) == (0, 2047) for r in rows)
 
 
 def test_the_limit_says_how_often_it_is_wrong() -> None:
@@ -141,8 +180,9 @@ def test_parts_and_batches_give_the_same_statistics(monkeypatch: pytest.MonkeyPa
     out, _ = run_emulated(page_gain(inputs, "k", 0.1, slice(16, 32), 0), NumericsProfile(), "bf16")
     filters = filter_of(inputs, NumericsProfile(), "bf16")
     together = find_gains(inputs, out, filters)
-    monkeypatch.setattr(matched_filter, "_ELEMENTS", 1 << 12)
-    monkeypatch.setattr(matched_filter, "_SMALL", {})
+    device = inputs.q.device.type
+    monkeypatch.setitem(matched_filter._ELEMENTS, device, 1 << 12)
+    monkeypatch.setitem(matched_filter._PADDING, device, 0)
     apart = find_gains(inputs, out, filters)
     assert apart.num_statistics == together.num_statistics
     assert apart.num_gains == together.num_gains
@@ -152,14 +192,19 @@ def test_parts_and_batches_give_the_same_statistics(monkeypatch: pytest.MonkeyPa
     )  # type: ignore[type-var]
 
 
-def test_weighted_squares_by_gram_matrices() -> None:
+def test_weighted_squares_by_gram_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     g = torch.Generator().manual_seed(0)
     x, v = torch.randn(2, 3, 50, 8, generator=g), torch.randn(2, 90, 8, generator=g)
     weights = torch.rand(2, 3, 4, 90, generator=g)
     y = torch.einsum("brtd,bnd->brtn", x, v)
     want = torch.einsum("brtn,brwn->brtw", y * y, weights)
-    torch.testing.assert_close(weighted_squares(x, weights, v), want)  # 50 > 4 * 8: Gram matrices
-    torch.testing.assert_close(weighted_squares(x[:, :, :9], weights, v), want[:, :, :9])
+    assert by_gram(50, 4, 8)
+    assert not by_gram(8, 4, 8)
+    for num_rows in (3, 1):
+        monkeypatch.setattr(row_noise, "GRAM_ELEMENTS", num_rows * v.numel())
+        found = weighted_squares(x[None], weights[None], v[None])[0]
+        torch.testing.assert_close(found, want)
+    torch.testing.assert_close(weighted_squares(x[None, :, :, :8], weights[None], v[None])[0], want[:, :, :8])
 
 
 def test_only_keys_in_pages_belong_to_pages() -> None:
