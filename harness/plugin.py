@@ -41,6 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--case-timeout", metavar="SECONDS", help="end a case that takes longer: TIMEOUT (default: 300; 0: no limit)"
     )
+    group.addoption("--twice", action="store_true", help="launch each case once more, in another order: equal bits")
     group.addoption("--isolate", action="store_true", help="a fresh process for each case; needs workers (not -n 0)")
     group.addoption(
         "--sanitize",

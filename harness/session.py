@@ -181,6 +181,7 @@ class Session:
             plant=self.plant or NO_PLANT,
             data_seed=self.config.getoption("--data-seed"),
             geometry_seed=self.config.getoption("--geometry-seed"),
+            twice=self.config.getoption("--twice"),
             buffer_map=Path(chosen) if (chosen := self.config.getoption("--buffer-map")) else None,
         )
 
@@ -199,6 +200,7 @@ class Session:
             "plant": self.config.getoption("--plant"),
             "kernels": self.config.getoption("--kernels"),
             "no_contract_checks": self.config.getoption("--no-contract-checks"),
+            "twice": self.config.getoption("--twice"),
             "case_timeout": self.config.getoption("--case-timeout"),
         }
 

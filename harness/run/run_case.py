@@ -34,6 +34,7 @@ from harness.run.outcome import Outcome, Verdict
 from harness.run.plant import NO_PLANT, Plant
 from harness.run.reference import build_reference
 from harness.run.setup import Setup, build_arguments, check_setup
+from harness.run.twice import with_second_launch
 from harness.run.twin import with_noise_floor
 from harness.triage.bar_codes import decode_bar_codes
 from harness.triage.explain import explain_mismatch, explain_setup_bug, with_row
@@ -51,6 +52,7 @@ class Options:
     geometry_seed: int | None = None
     demand: Demand = NO_DEMAND  # what the matrix demands to be seen
     buffer_map: Path | None = None  # where the addresses of the buffers are written before the launch
+    twice: bool = False  # launch once more in another order of programs, and compare bits
     noise_floor: str = "off"  # off | report | fail: whether errors are compared with those of a case's twin
 
 
@@ -180,6 +182,10 @@ def _launched(contract: Contract, setup: Setup, options: Options, watch: Stopwat
             result = launch(contract, case, launcher, setup.args, setup.outputs, program_order_seed=case.geometry_seed)
         with watch.phase("judge"):
             verdict = _verdict(contract, setup, reference, allowed, result)
+        if options.twice and verdict.outcome is Outcome.PASS:
+            with watch.phase("again"):
+                seed = case.geometry_seed + 1
+                verdict = with_second_launch(verdict, contract, setup, options.plant, launcher, seed=seed)
         if options.noise_floor == "off" or verdict.outcome is not Outcome.PASS:
             return verdict
         with watch.phase("twin"):

@@ -105,6 +105,13 @@ def littering(args: LaunchArguments) -> None:
     honest(args)
 
 
+def wavering(args: LaunchArguments) -> None:
+    litter.append(1)
+    honest(args)
+    if len(litter) % 2:
+        args.out[1, 2, 3] = args.out[1, 2, 3].nextafter(torch.tensor(9.0))
+
+
 def stumbling(args: LaunchArguments) -> None:
     if litter:
         ctypes.string_at(0)
