@@ -15,15 +15,14 @@ from pathlib import Path
 import pytest
 
 from harness.errors import AttnregError, UsageError
-from harness.isolation.postmortem import JOURNAL, Postmortem
-from harness.isolation.recorder import Recorder
-from harness.isolation.workers import set_up_workers
+from harness.isolation.isolate import isolate
+from harness.isolation.sanitizer import TOOLS
 from harness.items import MatrixFile, MatrixItem, is_matrix
 from harness.matrix import TIERS
 from harness.reporting import COVERAGE, Reporting
 from harness.session import SELECTED, SESSION, Session
 
-ISOLATION = pytest.StashKey[str]()  # where cases run, in words for the header
+WHERE = pytest.StashKey[str]()  # where cases run, in words for the header
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -45,7 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--isolate", action="store_true", help="a fresh process for each case; needs workers (not -n 0)")
     group.addoption(
         "--sanitize",
-        choices=("memcheck", "racecheck", "initcheck", "synccheck"),
+        choices=TOOLS,
         help="run one case under that tool of compute-sanitizer",
     )
     for name in ("--buffer-map", "--fault"):  # of processes that attnreg starts: where they leave addresses
@@ -64,46 +63,25 @@ def pytest_configure(config: pytest.Config) -> None:
     share_cores(os.environ, os.cpu_count() or 1)
     try:
         session = Session.from_config(config)
-        limit = session.case_timeout
         if config.getoption("--plant") not in (None, "list"):
             from harness.run.plant import find_plant  # imports torch, which collecting does without
 
             find_plant(config.getoption("--plant"))
-        if config.getoption("--sanitize"):
-            from harness.isolation.sanitizer import find_tool
-
-            find_tool()
-            if config.getoption("--device") == "cpu":
-                raise UsageError("--sanitize: compute-sanitizer sees kernels of a GPU only, not --device cpu")
         if config.getoption("--device") == "cuda":
             import torch
 
             if not torch.cuda.is_available():
                 raise UsageError("--device cuda: torch finds no CUDA or ROCm device here")
-        isolation = "" if session.is_worker else set_up_workers(config)
+        where = isolate(session)
     except AttnregError as error:
         raise pytest.UsageError(str(error)) from None
-    config.stash[SESSION] = session
-    config.stash[ISOLATION] = isolation
-    plugins = config.pluginmanager
-    if session.is_worker:
-        if journal := vars(config)["workerinput"].get(JOURNAL):
-            fresh = config.getoption("--isolate")
-            plugins.register(Recorder(Path(journal).open("w"), limit, disposable=True, fresh=fresh))  # noqa: SIM115
-        return
-    plugins.register(Reporting(session), "attnreg-reporting")
-    if not isolation:
-        return
-    if config.getoption("tx", None):
-        plugins.register(Postmortem(session))
-    elif not config.getoption("usepdb"):
-        stderr = os.fdopen(os.dup(2), "w")  # a copy, as pytest captures the real one while cases run
-        fault = Path(chosen) if (chosen := config.getoption("--fault")) else None
-        plugins.register(Recorder(stderr, limit, disposable=False, fault=fault))
+    config.stash[SESSION], config.stash[WHERE] = session, where
+    if not session.is_worker:
+        config.pluginmanager.register(Reporting(session), "attnreg-reporting")
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
-    return f"attnreg: {config.stash[ISOLATION]}" if config.stash[ISOLATION] else None
+    return f"attnreg: {where}" if (where := config.stash[WHERE]) else None
 
 
 def pytest_cmdline_main(config: pytest.Config) -> int | None:

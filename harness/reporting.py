@@ -22,6 +22,7 @@ from harness.store.record import Header, Record
 from harness.store.run_log import RunLog, new_run_id, utc_now
 from harness.store.tightness import DECISIVE_TIERS, not_tight
 
+_YAML = (".yaml", ".yml")
 COVERAGE = "attnreg_coverage"
 _LETTERS = {Outcome.UNSUPPORTED: "u", Outcome.XFAIL: "x", Outcome.ELEVATED: "e"}
 
@@ -41,13 +42,13 @@ class Reporting:
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         """A run whose matrices cannot be read is the latest run too: an older, green one must not stand for it."""
-        if report.failed and report.nodeid.endswith((".yaml", ".yml")):
+        if report.failed and report.nodeid.endswith(_YAML):
             self.unreadable += 1
             self._open_log()
 
-    def pytest_runtest_logstart(self, nodeid: str) -> None:
+    def pytest_runtest_logstart(self, location: tuple[str, int | None, str]) -> None:
         """From the first case on this is the latest run, even if it ends before that case has a record."""
-        if _is_case(nodeid):
+        if location[0].endswith(_YAML):
             self._open_log()
 
     @pytest.hookimpl(trylast=True)
@@ -197,5 +198,6 @@ class Reporting:
 
 
 def _is_case(nodeid: str) -> bool:
+    """Whether a node id may be that of a case; one outside the root folder is without its file."""
     path, separator, _ = nodeid.partition("::")
-    return bool(separator) and path.endswith((".yaml", ".yml"))
+    return bool(separator) and (not path or path.endswith(_YAML))

@@ -9,7 +9,7 @@ import datetime
 import functools
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,6 +54,7 @@ class Session:
     where: Where | None
     coverage: dict[str, str] = field(default_factory=dict)  # by matrix name, in words
     num_deselected: int = 0
+    _found: dict[Path, dict[str, Found]] = field(default_factory=dict)  # cases by path and id, once asked for
 
     @classmethod
     def from_config(cls, config: pytest.Config) -> Session:
@@ -124,12 +125,20 @@ class Session:
     def find_case(self, nodeid: str) -> Found:
         """The case that pytest calls `nodeid`. Raises MatrixError, or UsageError where there is none."""
         shown, _, wanted = nodeid.partition("::")
-        path = self.config.rootpath / shown
-        matrix, expansion = self.expand(path)
-        for case, line in zip(expansion.cases, expansion.lines, strict=True):
-            if case_id(case) == wanted:
-                return Found(case, line, path, matrix)
-        raise UsageError(f"{path}: no case '{wanted}' in tier {self.tier}")
+        for path in self._places(shown):
+            if path not in self._found:
+                matrix, expansion = self.expand(path)
+                cases = zip(expansion.cases, expansion.lines, strict=True)
+                self._found[path] = {case_id(case): Found(case, line, path, matrix) for case, line in cases}
+            if wanted in self._found[path]:
+                return self._found[path][wanted]
+        raise UsageError(f"{nodeid}: no such case in tier {self.tier}")
+
+    def _places(self, shown: str) -> Iterator[Path]:
+        """The files that a node id may begin with: relative to the root, or else to what pytest was asked to run."""
+        given = (self.config.invocation_params.dir / arg.partition("::")[0] for arg in self.config.args)
+        asked = (path / shown if path.is_dir() else path for path in given)
+        yield from (path for path in (self.config.rootpath / shown, *asked) if path.is_file())
 
     def make_record(self, case: Case, line: int, path: Path, verdict: Verdict, worker: str = "") -> Record:
         """The record of one case, with the command that runs it again. worker: who ran it, if not this process."""
@@ -198,11 +207,17 @@ class Session:
         return {
             "device": None if device == "auto" else device,
             "plant": self.config.getoption("--plant"),
-            "kernels": self.config.getoption("--kernels"),
+            "kernels": [self._from_root(folder) for folder in self.config.getoption("--kernels")],
             "no_contract_checks": self.config.getoption("--no-contract-checks"),
             "twice": self.config.getoption("--twice"),
             "case_timeout": self.config.getoption("--case-timeout"),
         }
+
+    def _from_root(self, folder: str) -> str:
+        """A folder as it was given, for a command that is run from the root folder."""
+        if Path(folder).is_absolute():
+            return folder
+        return os.path.relpath(self.config.invocation_params.dir / folder, self.config.rootpath)
 
 
 SESSION = pytest.StashKey[Session]()

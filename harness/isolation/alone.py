@@ -31,6 +31,7 @@ class Alone:
 
     record: Record | None
     death: Death
+    started: bool = True  # whether it came to the case
     output: str = ""  # stdout and stderr
     buffers: tuple[Span, ...] = ()  # of its launch
     fault: int | None = None  # address of the access it died of
@@ -69,22 +70,19 @@ def run_alone(
                 timeout=limit + GRACE if limit else None,
                 check=False,
             )
+            status, out, err = done.returncode, done.stdout, done.stderr
         except subprocess.TimeoutExpired as error:
-            return Alone(None, Death(None, _text(error.stderr)), _text(error.stdout) + _text(error.stderr))
+            status, out, err = None, error.stdout, error.stderr
+        log = Path(folder) / LATEST
+        records = read_run(log)[1] if log.exists() else []
         return Alone(
-            _record(Path(folder)),
-            Death(done.returncode, _text(done.stderr)),
-            _text(done.stdout) + _text(done.stderr),
-            tuple(read_buffer_map(buffers)),
-            read_fault_address(fault),
+            record=records[0] if records else None,
+            death=Death(status, _text(err)),
+            started=log.exists(),
+            output=_text(out) + _text(err),
+            buffers=tuple(read_buffer_map(buffers)),
+            fault=read_fault_address(fault),
         )
-
-
-def _record(folder: Path) -> Record | None:
-    if not (folder / LATEST).exists():
-        return None
-    _, records = read_run(folder / LATEST)
-    return records[0] if records else None
 
 
 def _text(written: bytes | None) -> str:

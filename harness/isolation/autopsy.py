@@ -17,6 +17,7 @@ from harness.run.outcome import Outcome, Verdict
 
 MAX_FRAMES = 12  # of the stack, in the report
 _OURS = "run_case.py"  # a thread with such a frame is the one that runs the case
+_TIMEOUT = re.compile(r"^Timeout \(", re.MULTILINE)
 _THREAD = re.compile(r"^(Current thread|Thread) 0x.*most recent call first", re.MULTILINE)
 _FRAME = re.compile(r'^ +File "(.*)", line (\d+) in (.*)$', re.MULTILINE)
 
@@ -48,7 +49,7 @@ def autopsy(death: Death, limit: float, kernels: Path | None) -> Verdict:
     stack = stack_of(death.dump)
     own = [frame for frame in stack if kernels is not None and kernels in Path(frame.path).parents]
     where = f" at {own[0]}" if own else ""
-    if death.dump.startswith("Timeout ("):
+    if _TIMEOUT.search(death.dump):
         outcome, shape = Outcome.TIMEOUT, "timeout"
         reason = f"did not end within {limit:g} s: it was{where or ' ' + _waiting(stack)}"
     elif death.status == -signal.SIGKILL and death.memory_kills:

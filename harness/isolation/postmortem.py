@@ -105,7 +105,7 @@ class Postmortem:
         if verdict.outcome is Outcome.CRASH:  # else told by the stack, or by the system: it would only happen again
             reproduce = self.session.make_record(found.case, found.line, found.path, verdict).reproduce
             alone = run_alone(self.session, reproduce, environment=worker.gateway.spec.env)
-            verdict = second_opinion(verdict, alone, self.last.get(worker.gateway.id))
+            verdict = second_opinion(verdict, alone, self.last.get(worker.gateway.id), self.session.case_timeout)
         expectation = found.matrix.expectation(found.case)
         return apply_expectation(verdict, expectation, datetime.date.today()) if expectation else verdict
 
@@ -142,16 +142,19 @@ def _exit_status(gateway: Any) -> int | None:
         return None
 
 
-def second_opinion(crash: Verdict, alone: Alone, before: str | None) -> Verdict:
+def second_opinion(crash: Verdict, alone: Alone, before: str | None, limit: float) -> Verdict:
     """A crash in the light of a second run of the case in a process of its own.
 
-    before: what ran before it in the worker that died.
+    before: what ran before it in the worker that died. limit: seconds that the case may take.
     """
     from harness.triage.explain import with_row
 
+    if not alone.started:
+        last = alone.output.strip().splitlines()[-1:] or [f"the process {how(alone.death)}"]
+        return replace(crash, explanation=with_row(crash.explanation, "again", "alone it could not be run:", *last))
     if alone.record is None or alone.record.outcome in (Outcome.CRASH, Outcome.TIMEOUT):
-        end = how(alone.death) if alone.record is None else alone.record.reason
-        said = [f"alone in a fresh process it fails too: the process {end}"]
+        end = autopsy(alone.death, limit, None) if alone.record is None else alone.record
+        said = [f"alone in a fresh process it fails too: {end.reason}"]
         if alone.fault is None:
             return replace(crash, explanation=with_row(crash.explanation, "again", *said))
         lies = describe_address(alone.fault, alone.buffers) or "near no buffer"
@@ -160,13 +163,10 @@ def second_opinion(crash: Verdict, alone: Alone, before: str | None) -> Verdict:
         seen = with_row(crash.explanation, "again", *said)
         return replace(crash, reason=reason, explanation={**seen, "summary": reason})
     ended = alone.record.outcome.value + (f" ({alone.record.reason})" if alone.record.reason else "")
-    behind = f"the case before it was {before}" if before else "no case ran before it"
-    reason = f"collateral damage: {crash.reason}, but alone it ends in {ended}; {behind}"
-    rows = {
-        "alone": f"in a fresh process this case ends in {ended}",
-        "before it": before or "no case ran in that worker before",
-    }
-    explanation = crash.explanation
-    for label, text in rows.items():
-        explanation = with_row(explanation, label, text)
-    return replace(crash, reason=reason, explanation={**(explanation or {}), "summary": reason, "shape": "collateral"})
+    what, shape = f"{crash.reason}, but alone in a fresh process it ends in {ended}", "once"
+    reason = f"once only: {what}, and no case ran before it"
+    if before:
+        reason, shape = f"collateral damage: {what}; the case before it was {before}", "collateral"
+    seen = with_row(crash.explanation, "alone", f"in a fresh process this case ends in {ended}")
+    seen = with_row(seen, "before it", before or "no case ran in that worker before")
+    return replace(crash, reason=reason, explanation={**seen, "summary": reason, "shape": shape})

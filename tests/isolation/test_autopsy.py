@@ -110,7 +110,7 @@ def _alone(outcome: Outcome | None, reason: str = "") -> Alone:
 
 def test_a_crash_that_happens_again_is_the_cases_own() -> None:
     crash = autopsy(Death(-11, SEGFAULT), 5.0, KERNELS)
-    seen = second_opinion(crash, _alone(None), "m.yaml::before")
+    seen = second_opinion(crash, _alone(None), "m.yaml::before", 5.0)
     assert (seen.outcome, seen.reason) == (crash.outcome, crash.reason)
     assert seen.explanation is not None
     assert seen.explanation["rows"]["again"] == ["alone in a fresh process it fails too: the process died of SIGSEGV"]
@@ -123,7 +123,7 @@ def test_a_crash_that_happens_again_is_the_cases_own() -> None:
 def test_the_address_of_a_crash_names_the_buffer(fault: int, said: str) -> None:
     crash = autopsy(Death(-11, SEGFAULT), 5.0, KERNELS)
     alone = replace(_alone(None), fault=fault, buffers=BUFFERS if fault else ())
-    seen = second_opinion(crash, alone, None)
+    seen = second_opinion(crash, alone, None, 5.0)
     assert seen.reason == f"{crash.reason}, {said}"
 
 
@@ -153,14 +153,26 @@ def test_the_address_of_a_fatal_access_is_noted(tmp_path: Path, how: str, addres
     assert "Segmentation fault" in done.stderr  # faulthandler has its say all the same
 
 
-@pytest.mark.parametrize("before", ["m.yaml::before", None])
-def test_a_crash_that_does_not_happen_alone_is_collateral(before: str | None) -> None:
+@pytest.mark.parametrize(
+    ("before", "first", "last"),
+    [
+        ("m.yaml::before", "collateral damage", "; the case before it was m.yaml::before"),
+        (None, "once only", ", and no case ran before it"),
+    ],
+)
+def test_a_crash_that_does_not_happen_alone_is_told_as_that(before: str | None, first: str, last: str) -> None:
     crash = autopsy(Death(-11, SEGFAULT), 5.0, KERNELS)
-    seen = second_opinion(crash, _alone(Outcome.PASS), before)
+    seen = second_opinion(crash, _alone(Outcome.PASS), before, 5.0)
     assert seen.outcome is Outcome.CRASH
-    assert seen.reason.startswith("collateral damage: the process died of SIGSEGV")
-    assert "alone it ends in PASS" in seen.reason
-    assert (before or "no case ran before it") in seen.reason
+    assert seen.reason == f"{first}: {crash.reason}, but alone in a fresh process it ends in PASS{last}"
+
+
+def test_a_second_run_that_did_not_come_to_the_case_says_nothing_of_it() -> None:
+    crash = autopsy(Death(-11, SEGFAULT), 5.0, KERNELS)
+    seen = second_opinion(crash, Alone(None, Death(4, ""), started=False, output="ERROR: no kernels here\n"), None, 5.0)
+    assert seen.reason == crash.reason
+    assert seen.explanation is not None
+    assert seen.explanation["rows"]["again"] == ["alone it could not be run:", "ERROR: no kernels here"]
 
 
 def test_kills_for_want_of_memory_are_counted(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_reports_of_every_tool_are_read(said: str, first: SanitizerFinding) -> N
 
 def _alone(outcome: Outcome | None, buffers: tuple[Span, ...] = ()) -> Alone:
     record = None if outcome is None else Record("id", "m", "m.yaml", 1, "smoke", "k", outcome, "")
-    return Alone(record, Death(1, ""), "ImportError: nothing here", buffers)
+    return Alone(record, Death(1, ""), output="ImportError: nothing here", buffers=buffers)
 
 
 def test_a_finding_makes_a_pass_a_failure_and_names_the_buffer() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
 from harness.run.outcome import Outcome
 from tests.plugin.test_session import EXPECT, FEW, KERNELS, MATRIX, Toys
@@ -47,7 +48,7 @@ def test_every_way_to_die_is_told_and_costs_no_other_case(toys: Toys) -> None:
     assert segfault["rows"]["again"][1].startswith("address 0x")
     assert timeout is not None
     assert " in spinning" in timeout["rows"]["hung"][0]
-    before = f"alone it ends in PASS; the case before it was toys.yaml::{by_kernel['toy_littering'].id}"
+    before = f"it ends in PASS; the case before it was toys.yaml::{by_kernel['toy_littering'].id}"
     assert before in by_kernel["toy_stumbling"].reason
 
     cases = list(ElementTree.parse(toys.pytester.path / "junit.xml").iter("testcase"))
@@ -64,11 +65,31 @@ def test_with_isolate_nothing_is_left_behind(toys: Toys) -> None:
     assert toys.outcomes == {"toy_littering": {Outcome.PASS}, "toy_stumbling": {Outcome.PASS}}
 
 
-def test_a_crash_counts_for_maxfail(toys: Toys) -> None:
-    result = toys.run("toy_exiting, toy_honest", "-x", isolated=True)
-    assert toys.outcomes == {"toy_exiting": {Outcome.CRASH}}
-    assert len(toys.records) == 1
+FIRST = [("cpu", "toy_exiting", Outcome.CRASH, "ended itself with status 3")]
+ON_DEVICE = [
+    ("cuda", "toy_illegal", Outcome.CRASH, "illegal memory access"),
+    ("cuda", "toy_asserting", Outcome.CRASH, "device-side assert"),
+    ("cuda", "toy_endless", Outcome.TIMEOUT, "waiting for the device"),
+]
+
+
+@pytest.mark.parametrize(
+    ("device", "kernel", "outcome", "words"), FIRST + (ON_DEVICE if torch.cuda.is_available() else [])
+)
+def test_a_crash_counts_for_maxfail(
+    toys: Toys, monkeypatch: pytest.MonkeyPatch, device: str, kernel: str, outcome: Outcome, words: str
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # this process interprets, the session is to compile
+    result = toys.run(f"{kernel}, toy_honest", "-x", f"--device={device}", "--case-timeout=40", isolated=True)
+    assert toys.outcomes == {kernel: {outcome}}
+    assert words in toys.records[0].reason
     result.stdout.fnmatch_lines(["3 of 4 cases were not run: stopping after 1 failures"])
+
+
+def test_isolate_without_workers_is_refused(toys: Toys) -> None:
+    result = toys.run("toy_honest", "--isolate")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*--isolate needs worker processes: cases run in this process (-n 0)*"])
 
 
 @pytest.mark.parametrize("mode", ["loadgroup", "loadscope", "loadfile", "each"])
