@@ -60,6 +60,9 @@ def run_alone(
         command += ["-n0"] if config.pluginmanager.hasplugin("xdist") else []
         command += ["-c", str(config.inipath)] if config.inipath else []
         path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(PROJECT))))
+        status: int | None = None
+        out: bytes | None
+        err: bytes | None
         try:
             done = subprocess.run(
                 command,
@@ -72,7 +75,7 @@ def run_alone(
             )
             status, out, err = done.returncode, done.stdout, done.stderr
         except subprocess.TimeoutExpired as error:
-            status, out, err = None, error.stdout, error.stderr
+            out, err = error.stdout, error.stderr
         log = Path(folder) / LATEST
         records = read_run(log)[1] if log.exists() else []
         return Alone(
