@@ -156,6 +156,16 @@ def tally(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 COLUMNS = (("t1_normal", "T1 N(0,1)"), ("t1_all", "T1 all"), ("structured", "struct."), ("lse", "L"), ("z", "|z|/7"))
 
 
+def extremes(results: list[dict[str, Any]], most: int = 5) -> dict[str, list[dict[str, Any]]]:
+    """The runs that came nearest to a limit, per tier: what to look at first when a limit is in doubt."""
+    found = {}
+    for tier in ("out", "lse", "gain"):
+        measured = [result for result in results if result.get(tier) is not None]
+        measured.sort(key=lambda result: -result[tier])
+        found[tier] = measured[:most]
+    return found
+
+
 def show(table: dict[str, dict[str, Any]], alarms: list[dict[str, Any]]) -> None:
     width = max(len(name) for name in table)
     print(" " * width, f"{'runs':>5}", *(f"{title:>9}" for _, title in COLUMNS))
@@ -186,7 +196,8 @@ def main(arguments: list[str] | None = None) -> int:
     table = tally(results)
     show(table, alarms if chosen.only is None else results)
     print(f"{len(results)} runs, {len(alarms)} alarms, {seconds:.0f} s on {workers} processes")
-    finish({"runs": len(results), "alarms": alarms, "profiles": table, "seconds": seconds}, chosen.json)
+    figures = {"runs": len(results), "alarms": alarms, "profiles": table, "extremes": extremes(results)}
+    finish(figures | {"seconds": seconds}, chosen.json)
     return 1 if alarms else 0
 
 

@@ -265,7 +265,7 @@ FAULTS: tuple[InputFault, ...] = (
     InputFault("causal mask +1", causal_shift, content=_ALL),
     InputFault("window +1", through(window(1)), {"sliding_window": 1000}),
     InputFault("window -1", through(window(-1)), {"sliding_window": 1000}),
-    InputFault("split weight lost", split_weight, content=_ALL),
+    InputFault("splits averaged", split_weight, {"num_splits": 2}, content=_ALL),
     InputFault("sink dropped", through(modifier_off(sinks=None)), {"sinks": True}),
     InputFault("soft cap dropped", through(modifier_off(logits_soft_cap=0.0)), {"logits_soft_cap": 30.0}),
     InputFault("ALiBi dropped", through(modifier_off(alibi_slopes=None)), {"alibi": True}),

@@ -16,10 +16,11 @@ from harness.kernel.arguments import LaunchArguments
 from harness.kernel.contract import Contract
 from harness.kernel.launch import launch
 from harness.kernel.registry import Launcher, find_kernels, load_entry
+from harness.oracle.gain_findings import Z_LIMIT
 from harness.oracle.gains import Gain, GainFindings
 from harness.oracle.hull import judge_hull
 from harness.oracle.judge import judge
-from harness.oracle.matched_filter import Z_LIMIT, find_gains
+from harness.oracle.matched_filter import find_gains
 from harness.oracle.tolerance import Tolerance, rounding_of, tolerance
 from harness.problem.problem import Problem, build_problem
 from harness.run.judge_gains import page_filter

@@ -6,6 +6,7 @@ Invariant: nothing here computes; nothing here knows a kernel, a cache or a page
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -95,3 +96,9 @@ class AttentionReference:
     num_visible: torch.Tensor  # [num_tokens] number of keys the row sees
     logits_soft_cap: float  # 0 without one
     rounding: Rounding
+
+    def part(self, tokens: slice) -> AttentionReference:
+        """The rows of some tokens, as views."""
+        fields: dict[str, Any] = dict(vars(self))
+        fields |= {name: x[tokens] for name, x in fields.items() if isinstance(x, torch.Tensor)}
+        return AttentionReference(**fields)

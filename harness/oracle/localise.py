@@ -10,7 +10,6 @@ worst. By Cauchy-Schwarz share = <E, X>^2 / (<E, E> <X, X>) is 1 for the true fa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -35,8 +34,10 @@ from harness.oracle.gains import (
     V_DESCALE,
     Gain,
 )
-from harness.oracle.matched_filter import PageFilter, page_signatures, row_errors, sampled
+from harness.oracle.matched_filter import PageFilter, page_signatures, row_errors
 from harness.oracle.row_noise import row_noise
+from harness.oracle.sampling import sampled
+from harness.oracle.splits import averaged, split_sizes
 from references.attention import AttentionInputs
 from references.rows import Rows, attention_rows
 
@@ -44,7 +45,6 @@ MIN_SHARE = 0.5  # of the squared error; two unrelated faults cannot both explai
 SIGNIFICANT = 25.0  # five sigma squared: by how much more a less simple fault must explain, in units of row noise
 MIN_ROWS = 16  # a fit of one value per dim takes 1 / rows of any error
 MAX_SHIFTS = 8  # KV heads tried instead of the right one
-SPLIT_UNITS = (16, 32, 64, 128)  # keys per tile, in which kernels cut splits
 FULL = 1 - 1e-9  # a weight of one cannot be missing: nothing would be left
 
 Signatures = tuple[list[Gain], torch.Tensor]  # gains, and what they stand for [num_rows * gqa_ratio, gains, dv]
@@ -221,18 +221,11 @@ def _heads(
 def _splits(rows: Rows, filters: PageFilter) -> Iterator[Signatures]:
     """Parts of split-KV that are lost in the merge, or merged with equal weights."""
     num_keys, out = rows.p.shape[3], rows.out[0, 0]
-    if filters.num_splits < 2:
-        return
-    units = {*SPLIT_UNITS, filters.page_size}
-    sizes = {max(math.ceil(math.ceil(num_keys / unit) / filters.num_splits), 1) * unit for unit in units}
-    for size in sorted(size for size in sizes if size < num_keys):
+    for size in split_sizes(num_keys, filters.num_splits, filters.page_size):
         starts = range(0, num_keys, size)
         lost = torch.stack([_missing(rows, start, start + size) for start in starts], 1)
         yield [Gain(SPLIT_WEIGHT, -1.0, 0.0, split=i) for i in range(len(starts))], lost
-        masses = [_mass(rows, start, start + size) for start in starts]
-        outputs = torch.stack([values / weight.clamp(min=1e-300) for weight, values in masses])  # [parts, L, dv]
-        parts = sum((weight > 0).double() for weight, _ in masses)  # [L, 1]
-        yield [Gain(SPLIT_AVERAGE, 1.0, 0.0)], (outputs.sum(0) / torch.as_tensor(parts).clamp(min=1) - out)[:, None]
+        yield [Gain(SPLIT_AVERAGE, 1.0, 0.0)], averaged(rows.p[0, 0], rows.v[0, 0], out, size)[:, None]
 
 
 def _rows(rows: Rows, error: torch.Tensor) -> Iterator[Signatures]:

@@ -9,7 +9,7 @@ enters neither. Rows whose errors are not generic (one key has all the mass, or 
              + accumulation, row sum and 16-bit split partials, rounded to nearest
                all times the number of rows with (nearly) the same output, which round alike
     bias       b' sqrt(sum_j p_j (y_j - x)^2)   exp, scale and truncating products q . k, by Cauchy-Schwarz
-             + sum_F A_j |y_j|                  keys that may be flushed to zero, by Cauchy-Schwarz
+             + sum_F A_j |y_j|                  keys that may be flushed to zero, by Cauchy-Schwarz over keys or dims
              + c (n / k) 2^-24 sum_c |o_c X_c|  truncating accumulators
              + (u_P^2 + u_out^2) |x|            mean of a relative rounding error, of second order
 """
@@ -37,7 +37,8 @@ from references.rows import Rows
 
 GRAM_ELEMENTS = 1 << 26  # of the largest temporary on the way to a Gram matrix
 MOST_WEIGHTS = 4  # weight sets of a row
-NEVER_FLUSHES = 1e-30  # half a subnormal of P below this takes no key away
+FLUSHES_MUCH = 2.0**-20  # half a subnormal of P, relative to the largest P, above which lost keys need a close bound
+BIAS_SLACK = {torch.bfloat16: 1 + 2.0**-6, torch.float32: 1 + 2.0**-18}  # for biases summed from products of a type
 SNAP = 8  # in roundoffs: closer than this to 1, P = 1 - p snaps to 1 and an output to the value that is stored
 SPREAD = 8  # in roundoffs: logits of a row spread by less give P that round alike
 COARSEST = 2.0**-12  # roundoffs below this are taken as this where rows are told apart
@@ -68,6 +69,7 @@ class RowNoise:
     weights: dict[str, torch.Tensor]  # [L, n]: cast (squares / 3), mass (p), flushed (A of lost keys), logit (squares)
     logit_of_cast: torch.Tensor  # [L] variance from logits per variance from the cast, where they have no weights
     sum_after_cast: bool
+    lost_values: torch.Tensor  # [L] sum_F A_j |v_j|, where flushed keys have no weights; else 0
     coherent: torch.Tensor  # [L] b'
     per_dim: torch.Tensor  # [L, head_size_v] variances of errors that are independent per dim
     row_sum: torch.Tensor  # [L] variance of the relative error of the row sum
@@ -105,7 +107,9 @@ class RowNoise:
                 bias += lost * along.abs()
         by_dim = (x.abs() @ self.out.abs()[..., None])[..., 0]
         bias += (self.truncation[..., None] + self.out_bias) * by_dim
-        return Moments((x * x).sum(-1), variance, bias, along)
+        energy = (x * x).sum(-1)
+        bias += self.lost_values[..., None] * energy.sqrt()
+        return Moments(energy, variance, bias.mul_(BIAS_SLACK[self.values.dtype]), along)
 
     def _sums(self, x: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """By weight: sums over keys of w (v . x)^2, w v . x [L, T] and w [L, 1]."""
@@ -173,8 +177,13 @@ def row_noise(rows: Rows, profile: NumericsProfile, q_dtype: str, alike: torch.T
     top = size.amax(-1)  # [L]
     dot = DOT_FACTOR * element_type(profile.dot_reduce).unit_roundoff * rows.dot_bound  # [L]
     weights = {"cast": cast, "mass": p}
-    if max(kind.half_subnormal for kind in p_types) / profile.p_scale > NEVER_FLUSHES:
-        weights["flushed"] = half_ulp.masked_fill(~flushed, 0.0)
+    lost, lost_values = half_ulp.masked_fill(~flushed, 0.0), torch.zeros_like(n)  # [L, n], [L]
+    if max(kind.half_subnormal for kind in p_types) / profile.p_scale > FLUSHES_MUCH:
+        weights["flushed"] = lost
+    else:
+        lost_values = (lost @ rows.v.norm(dim=-1)[..., None])[..., 0]
+        if profile.sum_after_cast:
+            lost_values += lost.sum(-1) * out.norm(dim=-1)
     if profile.s_dtype != "fp32":
         weights["logit"] = (dot[..., None].square() + (_roundoff(profile.s_dtype) * size).square_() / 3).mul_(p * p)
 
@@ -211,6 +220,7 @@ def row_noise(rows: Rows, profile: NumericsProfile, q_dtype: str, alike: torch.T
         weights={name: weight.to(single) for name, weight in weights.items()},
         logit_of_cast=(3 * (dot / finest).square_()).to(single),  # p^2 <= 3 cast / u_P^2 of a key that is not lost
         sum_after_cast=profile.sum_after_cast,
+        lost_values=lost_values.to(single),
         coherent=coherent.to(single),
         per_dim=per_dim.to(single),
         row_sum=rounding.to(single),

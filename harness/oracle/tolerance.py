@@ -48,6 +48,7 @@ TRUNCATION = 2.5  # bias of truncating accumulators in ulps (2^-23) per matrix i
 MATRIX_DEPTH = {"fp16": 16, "bf16": 16, "fp8_e4m3": 32, "fp8_e5m2": 32, "tf32": 8}  # products per matrix instruction
 UNDERFLOW = 2.0**-126  # below it float32 is subnormal, which fast exponentials and matrix units flush
 FP8_WGMMA_BITS = 13  # 8-bit warp-group instructions keep about 13 bits of the accumulator
+AT_ONCE = 1 << 22  # elements of a temporary, where one token has no more
 EQUAL_WITHIN = 8  # probabilities that differ by fewer units in the last place may round alike
 
 
@@ -99,10 +100,15 @@ def tolerance(
     out_type = element_type(profile.out_type(q_dtype))
     equal = _equal_errors(reference, max(p.unit_roundoff for p in products), structured)
     bound, independent = _logit_errors(reference, profile, q_dtype, head_size, equal)
-    error = _output_error(reference, profile, products, equal, bound, independent)
-    error += _half_ulp(reference.out.abs().add_(error), out_type, profile.out_scale)
+    out = torch.empty_like(reference.out)
+    num_tokens, *sizes = out.shape
+    step = max(AT_ONCE // max(math.prod(sizes), 1), 1)
+    for rows in (slice(start, start + step) for start in range(0, num_tokens, step)):
+        part = reference.part(rows)
+        error = _output_error(part, profile, products, equal[rows], bound[rows], independent[rows])
+        torch.add(error, _half_ulp(part.out.abs().add_(error), out_type, profile.out_scale), out=out[rows])
     return Tolerance(
-        out=error,
+        out=out,
         lse=_lse_tolerance(reference, profile, equal, bound),
         largest=out_type.largest * profile.out_scale if out_type.size == 1 else math.inf,
         out_scale=profile.out_scale,

@@ -15,8 +15,8 @@ from harness.oracle.gains import GainFindings
 from harness.oracle.hull import judge_hull
 from harness.oracle.localise import find_source
 from harness.oracle.matched_filter import PageFilter, find_gains
-from harness.run.reference import reference_inputs
 from harness.run.setup import Setup
+from references.attention import AttentionInputs
 
 
 def page_filter(contract: Contract, setup: Setup) -> PageFilter:
@@ -31,9 +31,11 @@ def page_filter(contract: Contract, setup: Setup) -> PageFilter:
     )
 
 
-def with_gains(findings: Findings, contract: Contract, setup: Setup) -> Findings:
-    """`findings` with those of tier 2 and of the hull. Tier 2 does not apply to structured data."""
-    inputs = reference_inputs(setup.problem, setup.cache, contract)
+def with_gains(findings: Findings, contract: Contract, setup: Setup, inputs: AttentionInputs) -> Findings:
+    """`findings` with those of tier 2 and of the hull, `inputs` being what a right kernel sees.
+
+    Tier 2 does not apply to structured data.
+    """
     out = setup.outputs[0].tensor  # [num_tokens, num_q_heads, head_size_v]
     if contract.numerics.out_scale != 1.0 or out.element_size() == 1:
         out = out.float() * contract.numerics.out_scale

@@ -16,7 +16,12 @@ from references.attention import AttentionInputs, AttentionReference, attend
 
 def build_reference(problem: Problem, cache: KVCache, contract: Contract) -> AttentionReference:
     """float64 attention over what a right kernel sees."""
-    return attend(reference_inputs(problem, cache, contract), rounding_of(contract.numerics, problem.case.dtype))
+    return attend_as(reference_inputs(problem, cache, contract), problem, contract)
+
+
+def attend_as(inputs: AttentionInputs, problem: Problem, contract: Contract) -> AttentionReference:
+    """float64 attention over `inputs`, with the moments that the roundings of the contract ask for."""
+    return attend(inputs, rounding_of(contract.numerics, problem.case.dtype))
 
 
 def reference_inputs(problem: Problem, cache: KVCache, contract: Contract) -> AttentionInputs:

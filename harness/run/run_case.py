@@ -32,13 +32,13 @@ from harness.run.judge_gains import with_gains
 from harness.run.observe import NO_DEMAND, Demand, choose_law, explain_unseen, observe_setup
 from harness.run.outcome import Outcome, Verdict
 from harness.run.plant import NO_PLANT, Plant
-from harness.run.reference import build_reference
+from harness.run.reference import attend_as, reference_inputs
 from harness.run.setup import Setup, build_arguments, check_setup
 from harness.run.twice import with_second_launch
 from harness.run.twin import with_noise_floor
 from harness.triage.bar_codes import decode_bar_codes
 from harness.triage.explain import explain_mismatch, explain_setup_bug, with_row
-from references.attention import AttentionReference
+from references.attention import AttentionInputs, AttentionReference
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,8 @@ def _launched(contract: Contract, setup: Setup, options: Options, watch: Stopwat
         with watch.phase("import"):
             launcher = load_entry(contract)
         with watch.phase("reference"):  # before the launch: a kernel that changes its inputs must not move it
-            reference = build_reference(setup.problem, setup.cache, contract)
+            inputs = reference_inputs(setup.problem, setup.cache, contract)
+            reference = attend_as(inputs, setup.problem, contract)
             structured = setup.problem.structured
             allowed = tolerance(reference, contract.numerics, case.dtype, case.head_size, structured=structured)
         if options.contract_checks and options.demand.must_see:
@@ -181,7 +182,7 @@ def _launched(contract: Contract, setup: Setup, options: Options, watch: Stopwat
         with watch.phase("launch"):
             result = launch(contract, case, launcher, setup.args, setup.outputs, program_order_seed=case.geometry_seed)
         with watch.phase("judge"):
-            verdict = _verdict(contract, setup, reference, allowed, result)
+            verdict = _verdict(contract, setup, inputs, reference, allowed, result)
         if options.twice and verdict.outcome is Outcome.PASS:
             with watch.phase("again"):
                 seed = case.geometry_seed + 1
@@ -198,7 +199,12 @@ def _launched(contract: Contract, setup: Setup, options: Options, watch: Stopwat
 
 
 def _verdict(
-    contract: Contract, setup: Setup, reference: AttentionReference, allowed: Tolerance, result: LaunchResult
+    contract: Contract,
+    setup: Setup,
+    inputs: AttentionInputs,
+    reference: AttentionReference,
+    allowed: Tolerance,
+    result: LaunchResult,
 ) -> Verdict:
     case = setup.problem.case
     out, lse = setup.outputs[0], setup.outputs[1] if contract.returns_lse else None
@@ -211,7 +217,7 @@ def _verdict(
         violations=result.violations,
         exact=case.data in NEEDLES,
     )
-    findings = with_gains(findings, contract, setup)
+    findings = with_gains(findings, contract, setup, inputs)
     tensors = {t.name: t.err_over_tol for t in findings.tensors}
     verdict = Verdict(
         Outcome.PASS,

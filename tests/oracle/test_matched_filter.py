@@ -10,22 +10,19 @@ import pytest
 import torch
 
 from harness.kernel.numerics import NumericsProfile, PerKey
-from harness.oracle import matched_filter, row_noise
-from harness.oracle.gains import K_DESCALE, V_DESCALE
-from harness.oracle.matched_filter import (
-    FALSE_ALARM,
-    Z_LIMIT,
-    PageFilter,
-    find_gains,
-    least_gains,
-    least_of_pages,
-    sampled,
-)
+from harness.oracle import row_noise, sampling
+from harness.oracle.gain_findings import FALSE_ALARM, Z_LIMIT
+from harness.oracle.gains import K_DESCALE, ROW_GAIN, SPLIT_AVERAGE, V_DESCALE
+from harness.oracle.matched_filter import PageFilter, find_gains, least_gains, least_of_pages
 from harness.oracle.row_noise import by_gram, weighted_squares
+from harness.oracle.sampling import sampled
+from harness.oracle.splits import averaged
 from references.attention import AttentionInputs
+from references.rows import attention_rows
 from tests.oracle.cases import FEATURES, judged, make_case, ratios
 from tests.oracle.emulated_kernel import Schedule, run_emulated
 
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 PROFILES = {
     "same": NumericsProfile(),
     "fp32 P": NumericsProfile(p_dtype="fp32", mma="simt"),
@@ -97,13 +94,27 @@ def test_one_key_beside_a_sink_is_not_looked_at() -> None:
     assert (found.z, found.num_statistics) == (0.0, 0)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_row_that_is_flushed_to_zero_gives_no_false_alarm(device: str) -> None:
+    """A sink far above takes P of float16 below its subnormals: what is lost is certain, and all there is to see."""
+    inputs = make_case("normal", "fp16", lengths=((12, 1), (60, 37)), group=4)
+    sinks = torch.full((8,), 70.0, device=device)
+    q, k, v = (x.to(device) for x in (inputs.q * 8, inputs.k, inputs.v))
+    flushed = replace(inputs, q=q, k=k, v=v, sinks=sinks)
+    out = torch.zeros(13, 8, 64, dtype=torch.float16, device=device)
+    filters = filter_of(flushed, NumericsProfile(), "fp16")
+    assert find_gains(flushed, out, filters).z < Z_LIMIT
+    coarse = replace(filters, profile=NumericsProfile(p_dtype="fp8_e5m2", mma="mma_sync"))
+    assert find_gains(flushed, out, coarse).z < Z_LIMIT
+
+
 def test_rows_that_round_alike_are_counted_across_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = _smooth(make_case("normal", "bf16", lengths=((64,), (128,)), group=4), 1e-3)
     out, _ = run_emulated(inputs, NumericsProfile(), "bf16")
     filters = filter_of(inputs, NumericsProfile(), "bf16")
     together = find_gains(inputs, out, filters)
-    monkeypatch.setitem(matched_filter._ELEMENTS, inputs.q.device.type, 1 << 16)
-    assert len(list(matched_filter.batches(inputs, filters))) > 4
+    monkeypatch.setitem(sampling.ELEMENTS, inputs.q.device.type, 1 << 16)
+    assert len(list(sampling.batches(inputs, filters.page_size))) > 4
     apart = find_gains(inputs, out, filters)
     assert apart.least_v == pytest.approx(together.least_v, rel=1e-3)
     assert apart.z == pytest.approx(together.z, rel=1e-3)
@@ -113,6 +124,35 @@ def test_long_sequences_are_looked_at_in_fewer_rows() -> None:
     rows = [sampled(2048, 4, most) for most in (64, 16, 3)]
     assert [len(r) for r in rows] == [64, 16, 3]
     assert all((r[0], r[-1]) == (0, 2047) for r in rows)
+
+
+@pytest.mark.parametrize("profile", [NumericsProfile(), FP8_P])
+def test_splits_of_nearly_equal_weight_that_are_averaged(profile: NumericsProfile) -> None:
+    """Random splits weigh about the same, so that averaging them changes little: no element need be off."""
+    inputs = make_case("normal", "bf16", lengths=((16,), (1024,)), group=4)
+    honest, _ = run_emulated(inputs, profile, "bf16")
+    filters = replace(filter_of(inputs, profile, "bf16"), num_splits=2)
+    assert find_gains(inputs, honest, filters).z < 5
+    rows = attention_rows(inputs, [0], [range(16)])
+    wrong = averaged(rows.p[0], rows.v[0], rows.out[0], 512)  # [num_kv_heads, 16 * group, head_size]
+    by_token = wrong.unflatten(1, (16, 4)).transpose(0, 1).flatten(1, 2)
+    out = (honest.double() + by_token).to(honest.dtype)
+    found = find_gains(inputs, out, filters)
+    assert (found.best.kind, found.best.sequence) == (SPLIT_AVERAGE, 0)  # type: ignore[union-attr]
+    assert found.best.estimate == pytest.approx(1, rel=0.2)  # type: ignore[union-attr]
+    assert find_gains(inputs, out, replace(filters, num_splits=1)).z < found.z
+
+
+def test_a_row_with_a_factor_of_its_own() -> None:
+    inputs = make_case("normal", "bf16", lengths=((1, 48), (64, 256)), group=4, size=128)
+    honest, lse = run_emulated(inputs, FP8_P, "bf16")
+    out = honest.clone()
+    out[1 + 7, 4:] *= 1.08  # KV head 1 of the row at position 208 + 7
+    assert ratios(judged(inputs, out, lse, FP8_P, "bf16"))["out"] < 1  # tier 1 does not see it
+    best = find_gains(inputs, out, filter_of(inputs, FP8_P, "bf16")).best
+    assert best is not None
+    assert (best.kind, best.sequence, best.kv_head, best.position) == (ROW_GAIN, 1, 1, 215)
+    assert best.estimate == pytest.approx(0.08, rel=0.1)
 
 
 def test_the_limit_says_how_often_it_is_wrong() -> None:
@@ -181,8 +221,8 @@ def test_parts_and_batches_give_the_same_statistics(monkeypatch: pytest.MonkeyPa
     filters = filter_of(inputs, NumericsProfile(), "bf16")
     together = find_gains(inputs, out, filters)
     device = inputs.q.device.type
-    monkeypatch.setitem(matched_filter._ELEMENTS, device, 1 << 12)
-    monkeypatch.setitem(matched_filter._PADDING, device, 0)
+    monkeypatch.setitem(sampling.ELEMENTS, device, 1 << 12)
+    monkeypatch.setitem(sampling.PADDING, device, 0)
     apart = find_gains(inputs, out, filters)
     assert apart.num_statistics == together.num_statistics
     assert apart.num_gains == together.num_gains

@@ -178,3 +178,12 @@ def test_what_float32_flushes_to_zero_is_no_error_and_what_it_keeps_is() -> None
     flushed = torch.tensor([[[0.0, 1.0]]])
     assert judge(flushed, None, reference, allowed).clean
     assert not judge(flushed + torch.tensor([1e-30, 0.0]), None, reference, allowed).clean
+
+
+def test_tokens_judged_some_at_a_time_have_the_same_tolerance(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = make_case("outliers", "fp16", sinks=True)
+    profile = NumericsProfile(sum_after_cast=True)
+    reference = attend(inputs, rounding_of(profile, "fp16"))
+    whole = tolerance(reference, profile, "fp16", 64).out
+    monkeypatch.setattr("harness.oracle.tolerance.AT_ONCE", 7 * whole[0].numel())
+    assert torch.equal(tolerance(reference, profile, "fp16", 64).out, whole)
