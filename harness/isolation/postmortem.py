@@ -65,9 +65,10 @@ class Postmortem:
         if report.when == "call" and hasattr(report, "attnreg"):
             self.reported.add(report.nodeid)
             self.last[vars(report)["node"].gateway.id] = report.nodeid
-        if self.pytest_session is not None and self.pytest_session.shouldfail:  # -x or --maxfail
+        stop = self.pytest_session and (self.pytest_session.shouldfail or self.pytest_session.shouldstop)
+        if stop:  # -x, --maxfail, --stepwise
             distributed: Any = self.session.config.pluginmanager.getplugin("dsession")
-            distributed.shouldstop = self.pytest_session.shouldfail  # which by itself does not count deaths
+            distributed.shouldstop = stop  # which by itself does not count deaths
 
     def pytest_sessionstart(self, session: pytest.Session) -> None:
         self.pytest_session = session
@@ -83,7 +84,7 @@ class Postmortem:
         except AttnregError:
             return  # not a case of ours
         worker: Any = vars(report)["node"]
-        verdict = self._verdict(found, crashitem, worker)
+        verdict = self._verdict(found, worker)
         record = self.session.make_record(found.case, found.line, found.path, verdict, worker.gateway.id)
         report.when, report.location = "call", (crashitem.partition("::")[0], found.line - 1, record.id)
         report.outcome, report.longrepr = "passed", None
@@ -97,7 +98,7 @@ class Postmortem:
     def pytest_unconfigure(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _verdict(self, found: Found, nodeid: str, worker: Any) -> Verdict:
+    def _verdict(self, found: Found, worker: Any) -> Verdict:
         from harness.run.expectation import apply_expectation  # imports torch, which a run without deaths needs not
 
         folder = self.session.kernels[found.case.kernel].folder

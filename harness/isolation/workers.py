@@ -19,6 +19,7 @@ from harness.isolation.devices import cuda_devices, hip_devices, worker_environm
 from harness.items import has_matrix
 
 LOSING = ("loadscope", "loadfile", "loadgroup", "each")  # --dist modes that lose cases when a worker dies
+SHOWING = ("collectonly", "cacheshow", "showfixtures", "show_fixtures_per_test")  # options with which nothing runs
 UNLIMITED = "1000000"  # --max-worker-restart: how many cases crash is not for it to say
 
 
@@ -28,7 +29,7 @@ def set_up_workers(config: pytest.Config) -> str:
     To be called in the controller, before pytest-xdist is configured. Raises UsageError for a --dist mode that cannot
     survive the death of a worker.
     """
-    if config.getoption("collectonly") or not runs_matrices(config):
+    if any(config.getoption(option, None) for option in SHOWING) or not runs_matrices(config):
         return ""
     why_not = _in_process(config)
     if why_not:
