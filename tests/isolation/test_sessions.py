@@ -146,10 +146,27 @@ def test_a_context_that_died_ends_a_run_in_process(toys: Toys, monkeypatch: pyte
     result.stdout.fnmatch_lines(["1 of 2 cases were not run: the device context died, and with -n 0 *"])
 
 
-def test_workers_that_die_before_they_have_collected_do_not_go_on_for_ever(toys: Toys) -> None:
-    toys.pytester.makeconftest(
-        "import os\n\ndef pytest_configure(config):\n    if hasattr(config, 'workerinput'):\n        os._exit(7)\n"
-    )
-    result = toys.run("toy_honest", isolated=True)
+BARREN = """
+import os, sys
+from pathlib import Path
+
+def pytest_configure(config):
+    if hasattr(config, "workerinput"):
+        seen = os.environ["CUDA_VISIBLE_DEVICES"] + " torch" * ("torch" in sys.modules)
+        Path(config.workerinput["workerid"]).write_text(seen)
+        os._exit(7)
+"""
+
+
+def test_workers_that_die_before_they_have_collected_do_not_go_on_for_ever(
+    toys: Toys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And each sees its GPU before torch is imported, whoever replaces it the same."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    toys.pytester.makeconftest(BARREN)
+    result = toys.run("toy_honest", "--device=auto", "-n2", isolated=True)
     assert result.ret == pytest.ExitCode.INTERNAL_ERROR
     result.stdout.fnmatch_lines(["*3 workers in a row died before they had collected*ended itself with status 7*"])
+    seen = {path.name: path.read_text() for path in toys.pytester.path.glob("gw*")}
+    assert (seen.get("gw0", "4"), seen.get("gw1", "7")) == ("4", "7")  # three died, and so perhaps not both of these
+    assert set(seen.values()) <= {"4", "7"}
