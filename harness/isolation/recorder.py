@@ -10,6 +10,7 @@ import faulthandler
 import importlib
 import os
 from collections.abc import Generator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -44,7 +45,8 @@ class Recorder:
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
         if not isinstance(item, MatrixItem):
             return (yield)
-        importlib.import_module("harness.run.run_case")  # torch: importing it is not the case's time
+        with suppress(ImportError):  # of which the case itself has to tell
+            importlib.import_module("harness.run.run_case")  # torch: importing it is not the case's time
         faulthandler.enable(self.file)  # pytest's own goes to stderr, which nobody can tell by case
         undo = note_fault_address(self.fault) if self.fault else None
         if self.limit:

@@ -29,7 +29,7 @@ from harness.oracle.gain_findings import Statistics, findings, least_detectable,
 from harness.oracle.gains import ROW_GAIN, Gain, GainFindings
 from harness.oracle.row_noise import row_noise, rows_alike
 from harness.oracle.sampling import Part, batches
-from harness.oracle.splits import averaged, split_sizes
+from harness.oracle.splits import MOST_SIZES, averaged, split_sizes
 from references.attention import AttentionInputs
 from references.rows import Rows, attention_rows
 
@@ -178,7 +178,8 @@ def split_signatures(rows: Rows, inputs: AttentionInputs, filters: PageFilter) -
     """Equal weights for all splits, by size of a split: [num_seqs, num_kv_heads, R * group, sizes, dv] float32."""
     lens = [inputs.seq_lens[sequence] for sequence in rows.sequences]
     sizes = [split_sizes(seq_len, filters.num_splits, filters.page_size) for seq_len in lens]
-    signatures = rows.out.new_zeros(*rows.out.shape[:3], max(map(len, sizes)), rows.out.shape[3], dtype=torch.float32)
+    most = MOST_SIZES if filters.num_splits > 1 else 0  # the same for every part of a sequence
+    signatures = rows.out.new_zeros(*rows.out.shape[:3], most, rows.out.shape[3], dtype=torch.float32)
     for i, (seq_len, own) in enumerate(zip(lens, sizes, strict=True)):
         for way, size in enumerate(own):
             keys = slice(0, seq_len)

@@ -12,6 +12,7 @@ enters neither. Rows whose errors are not generic (one key has all the mass, or 
              + sum_F A_j |y_j|                  keys that may be flushed to zero, by Cauchy-Schwarz over keys or dims
              + c (n / k) 2^-24 sum_c |o_c X_c|  truncating accumulators
              + (u_P^2 + u_out^2) |x|            mean of a relative rounding error, of second order
+             + sum_c h_c |X_c|                  outputs of 8 bits or near 0, where rounding follows the value
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class RowNoise:
     truncation: torch.Tensor  # [L] c (n / k) 2^-24
     accumulator: torch.Tensor | None  # [L] relative error of 8-bit matrix units' short accumulators
     second_order: float  # u_P^2 + u_out^2
-    out_bias: float  # relative bias of the output cast where its numbers are too coarse to average
+    coarse_out: torch.Tensor  # [L, head_size_v] half ulps of outputs whose numbers are too coarse to average
 
     def moments(self, x: torch.Tensor) -> Moments:
         """Of float32 signatures `x` [L, T, head_size_v]; every result [L, T]."""
@@ -105,8 +106,9 @@ class RowNoise:
             bias += (lost * about("flushed", 0.0)).sqrt_()
             if self.sum_after_cast:
                 bias += lost * along.abs()
-        by_dim = (x.abs() @ self.out.abs()[..., None])[..., 0]
-        bias += (self.truncation[..., None] + self.out_bias) * by_dim
+        size = x.abs()
+        bias += self.truncation[..., None] * (size @ self.out.abs()[..., None])[..., 0]
+        bias += (size @ self.coarse_out[..., None])[..., 0]
         energy = (x * x).sum(-1)
         bias += self.lost_values[..., None] * energy.sqrt()
         return Moments(energy, variance, bias.mul_(BIAS_SLACK[self.values.dtype]), along)
@@ -202,7 +204,9 @@ def row_noise(rows: Rows, profile: NumericsProfile, q_dtype: str, alike: torch.T
 
     spread = (p * p) @ (rows.v * rows.v)  # [L, head_size_v] sum p^2 v^2
     rounding = (SUM_FACTOR * U32) ** 2 * n  # [L]
-    per_dim = (profile.out_scale * _half_ulp(out / profile.out_scale, out_type)).square_().div_(3)
+    out_ulp = profile.out_scale * _half_ulp(out / profile.out_scale, out_type)  # [L, head_size_v] half of it
+    few_steps = out.abs() < SNAP * out_type.half_subnormal * profile.out_scale
+    per_dim = out_ulp.square() / 3
     per_dim += ((2 * truncation) ** 2 + rounding)[..., None] * (spread + out * out)
     if profile.split_partial_dtype != "fp32":
         partial = element_type(profile.split_partial_dtype).unit_roundoff * (p @ rows.v.abs())
@@ -227,7 +231,7 @@ def row_noise(rows: Rows, profile: NumericsProfile, q_dtype: str, alike: torch.T
         truncation=truncation.to(single),
         accumulator=None if accumulator is None else accumulator.to(single),
         second_order=p_type.unit_roundoff**2 + out_type.unit_roundoff**2,
-        out_bias=out_type.unit_roundoff if out_type.size == 1 else 0.0,
+        coarse_out=(out_ulp if out_type.size == 1 else out_ulp.masked_fill(~few_steps, 0.0)).to(single),
     )
 
 

@@ -11,6 +11,7 @@ import math
 import torch
 
 SPLIT_UNITS = (16, 32, 64, 128)  # keys per tile, in which kernels cut splits
+MOST_SIZES = len(SPLIT_UNITS) + 1  # of the splits of one sequence: the page is a unit as well
 
 
 def split_sizes(num_keys: int, num_splits: int, page_size: int) -> list[int]:

@@ -40,6 +40,8 @@ from harness.triage.bar_codes import decode_bar_codes
 from harness.triage.explain import explain_mismatch, explain_setup_bug, with_row
 from references.attention import AttentionInputs, AttentionReference
 
+MOST_HELD = 2 << 30  # bytes of a device that a worker keeps between cases
+
 
 @dataclass(frozen=True)
 class Options:
@@ -102,6 +104,8 @@ def run_case(case: Case, contract: Contract, options: Options) -> Verdict:
         verdict = _spoilt(error, device)
     if verdict.outcome is not Outcome.CRASH and (died := context_error(device)):
         verdict = Verdict(Outcome.CRASH, f"the device context died: {died}; {verdict.reason}".rstrip("; "))
+    if verdict.outcome is not Outcome.CRASH:  # in a dead context nothing can be released either
+        release_memory(device)
     seeds = {"geometry": case.geometry_seed, "data": case.data_seed}
     return replace(verdict, seconds=watch.seconds, seeds=seeds, law=law)
 
@@ -125,6 +129,12 @@ def context_error(device: torch.device) -> str | None:
     except RuntimeError as error:
         return None if lacks_memory(error) else first_line(error)
     return None
+
+
+def release_memory(device: torch.device) -> None:
+    """Give freed memory of the device back where much of it is held: other workers share the device."""
+    if device.type == "cuda" and torch.cuda.memory_reserved(device) > MOST_HELD:
+        torch.cuda.empty_cache()
 
 
 def _reseeded(case: Case, options: Options) -> Case:

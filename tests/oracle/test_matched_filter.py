@@ -17,7 +17,8 @@ from harness.oracle.matched_filter import PageFilter, find_gains, least_gains, l
 from harness.oracle.row_noise import by_gram, weighted_squares
 from harness.oracle.sampling import sampled
 from harness.oracle.splits import averaged
-from references.attention import AttentionInputs
+from harness.oracle.tolerance import rounding_of
+from references.attention import AttentionInputs, attend
 from references.rows import attention_rows
 from tests.oracle.cases import FEATURES, judged, make_case, ratios
 from tests.oracle.emulated_kernel import Schedule, run_emulated
@@ -106,6 +107,25 @@ def test_a_row_that_is_flushed_to_zero_gives_no_false_alarm(device: str) -> None
     assert find_gains(flushed, out, filters).z < Z_LIMIT
     coarse = replace(filters, profile=NumericsProfile(p_dtype="fp8_e5m2", mma="mma_sync"))
     assert find_gains(flushed, out, coarse).z < Z_LIMIT
+
+
+def test_outputs_that_round_to_zero_give_no_false_alarm() -> None:
+    """A sink leaves outputs of less than half the smallest float16: each error is the output, whatever its sign."""
+    inputs = make_case("normal", "fp16", lengths=((12, 1), (60, 37)), group=4, size=128)
+    logits = NumericsProfile(p_dtype="fp32", mma="simt")
+    for sink in (14.0, 15.0, 16.0, 17.0, 18.0):
+        tiny = replace(inputs, sinks=torch.full((8,), 5 + sink))
+        out = attend(tiny, rounding_of(logits, "fp16")).out.half()
+        assert find_gains(tiny, out, filter_of(tiny, logits, "fp16")).z < Z_LIMIT
+
+
+def test_parts_of_a_sequence_are_cut_into_the_same_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = make_case("normal", "bf16", lengths=((64, 8, 1), (256, 40, 1000)), group=4)
+    out, _ = run_emulated(inputs, NumericsProfile(), "bf16")
+    filters = replace(filter_of(inputs, NumericsProfile(), "bf16"), num_splits=3)
+    together = find_gains(inputs, out, filters)
+    monkeypatch.setitem(sampling.ELEMENTS, inputs.q.device.type, 1 << 16)
+    assert find_gains(inputs, out, filters).z == pytest.approx(together.z, rel=1e-2)
 
 
 def test_rows_that_round_alike_are_counted_across_parts(monkeypatch: pytest.MonkeyPatch) -> None:
