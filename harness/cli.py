@@ -11,6 +11,7 @@ attnreg schema                     print the JSON Schema of a matrix
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,15 +28,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("run", help="run matrices; takes every option of pytest", add_help=False)
     check = commands.add_parser("check", help="load and expand matrices, report every mistake")
     check.add_argument("paths", nargs="*", type=Path, default=[PROJECT / "cases"])
+    _take_kernels(check)
     audit = commands.add_parser("audit", help="how well cases see the faults their matrix lists, without running them")
     audit.add_argument("paths", nargs="*", type=Path, default=[PROJECT / "cases"])
     audit.add_argument("--tier", default="smoke", help="tier of the matrices (default: smoke)")
     audit.add_argument("--every-case", action="store_true", help="print the table of case x fault as well")
     audit.add_argument("--json", type=Path, metavar="FILE", help="write everything to FILE as well")
-    audit.add_argument("--kernels", type=Path, action="append", default=[], metavar="DIR", help="more kernels")
+    _take_kernels(audit)
     audit.add_argument("--workers", type=int, default=2, help="processes (default: 2)")
     audit.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where references are computed")
-    commands.add_parser("kernels", help="list kernels and their contracts")
+    _take_kernels(commands.add_parser("kernels", help="list kernels and their contracts"))
     commands.add_parser("plants", help="list the set-up faults that --plant injects")
     commands.add_parser("schema", help="print the JSON Schema of a matrix")
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -44,29 +46,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return {
-            "check": lambda: _check(options.paths),
+            "check": lambda: _check(options.paths, options.kernels),
             "audit": lambda: _audit(options),
-            "kernels": _kernels,
+            "kernels": lambda: _kernels(options.kernels),
             "plants": _plants,
             "schema": _schema,
         }[options.command]()
     except AttnregError as error:
         sys.stderr.write(f"{error}\n")
         return 2
+    except BrokenPipeError:  # whoever read the output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _take_kernels(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--kernels", type=Path, action="append", default=[], metavar="DIR", help="more kernels")
 
 
 def _run(arguments: list[str]) -> int:
     import pytest
 
-    return int(pytest.main(arguments, plugins=[]))
+    named = ["-p", "harness.plugin"]  # also where attnreg is not installed
+    quiet = ["-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning"]  # this module is, of a plugin
+    return int(pytest.main([*named, *quiet, *arguments]))
 
 
-def _check(paths: Sequence[Path]) -> int:
+def _check(paths: Sequence[Path], folders: Sequence[Path]) -> int:
     from harness.items import matrix_files
     from harness.matrix.loading import load
     from harness.matrix.matrix import TIERS
 
-    kernels, mistakes = find_kernels(), 0
+    kernels, mistakes = find_kernels(folders), 0
     for path in matrix_files(paths):
         try:
             matrix = load(path, kernel_names=kernels)
@@ -100,8 +111,8 @@ def _audit(options: argparse.Namespace) -> int:
     return int(any(row.blind for row in rows))
 
 
-def _kernels() -> int:
-    for contract in find_kernels().values():
+def _kernels(folders: Sequence[Path]) -> int:
+    for contract in find_kernels(folders).values():
         sys.stdout.write(f"{contract.name:<30} {contract.content.value:<9} {contract.about}\n")
         sys.stdout.write(f"{'':<30} features: {', '.join(sorted(contract.features))}\n")
     return 0

@@ -39,16 +39,10 @@ class KernelRaised(AttnregError):
     """The kernel under test raised an exception of its own; the cause is chained."""
 
 
+class OutOfMemory(AttnregError):
+    """The kernel under test asked for memory of host or device that could not be had; the cause is chained."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or its type where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-# Where torch and Triton have no type for it: the CPU allocator, and drivers asked past torch's allocator.
-_NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory", "Error [CUDA]: out of memory")
-
-
-def lacks_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory could not be had, of the host or of a device."""
-    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or any(text in str(error) for text in _NO_MEMORY)

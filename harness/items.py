@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from harness.errors import AttnregError
+from harness.errors import AttnregError, UsageError
 from harness.matrix import SHARED_ROWS
 from harness.matrix.axes import case_id
-from harness.session import SELECTED, SESSION, Session
+from harness.session import SESSION, Session
 
 if TYPE_CHECKING:
     from harness.case import Case
@@ -47,10 +47,20 @@ def has_matrix(path: Path) -> bool:
     return _MATRIX_KEY.search(path.read_text(encoding="utf-8", errors="replace")) is not None
 
 
-def matrix_files(paths: Iterable[Path]) -> Iterable[Path]:
-    """The files among `paths`, and the matrices in the folders among them, sorted."""
+def matrix_files(paths: Iterable[Path]) -> list[Path]:
+    """The files among `paths`, and the matrices in the folders among them, sorted.
+
+    Raises UsageError for a path that is not there and for a folder without a matrix.
+    """
+    found: list[Path] = []
     for path in paths:
-        yield from sorted(filter(is_matrix, path.rglob("*.y*ml"))) if path.is_dir() else (path,)
+        if not path.exists():
+            raise UsageError(f"{path}: no such file or folder")
+        inside = sorted(filter(is_matrix, path.rglob("*.y*ml"))) if path.is_dir() else [path]
+        if not inside:
+            raise UsageError(f"{path}: no matrix in this folder")
+        found += inside
+    return found
 
 
 class CaseFailed(Exception):
@@ -75,7 +85,6 @@ class MatrixFile(pytest.File):
                 )
             else:
                 session.num_deselected += 1
-                session.coverage[matrix.name] = SELECTED
 
 
 class MatrixItem(pytest.Item):

@@ -20,7 +20,7 @@ from harness.isolation.sanitizer import TOOLS
 from harness.items import MatrixFile, MatrixItem, is_matrix
 from harness.matrix import TIERS
 from harness.reporting import COVERAGE, Reporting
-from harness.session import SELECTED, SESSION, Session
+from harness.session import SESSION, Session
 
 WHERE = pytest.StashKey[str]()  # where cases run, in words for the header
 
@@ -49,7 +49,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     for name in ("--buffer-map", "--fault"):  # of processes that attnreg starts: where they leave addresses
         group.addoption(name, metavar="FILE", help=argparse.SUPPRESS)
-    group.addoption("--reports", metavar="DIR", help="where run logs go (default: reports/ of the project)")
+    group.addoption("--reports", metavar="DIR", help="where run logs go (default: reports/ of pytest's root folder)")
     parser.addini("case_timeout", "seconds a case may take, 0 for no limit", default="300")
 
 
@@ -102,7 +102,7 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> MatrixFile
 def pytest_deselected(items: Sequence[pytest.Item]) -> None:
     for item in items:
         if isinstance(item, MatrixItem):
-            item.facts.coverage[item.case.matrix] = SELECTED
+            item.facts.narrowed = True
 
 
 @pytest.hookimpl(trylast=True)
@@ -122,4 +122,4 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 def pytest_sessionfinish(session: pytest.Session) -> None:
     facts = session.config.stash[SESSION]
     if facts.is_worker:
-        vars(session.config)["workeroutput"][COVERAGE] = (facts.coverage, facts.num_deselected)
+        vars(session.config)["workeroutput"][COVERAGE] = (facts.coverage, facts.num_deselected, facts.narrowed)

@@ -9,18 +9,22 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from harness.errors import AttnregError
 from harness.items import MatrixItem
 from harness.run.outcome import Outcome, Verdict
-from harness.session import SELECTED, Session
+from harness.session import Session
 from harness.store.environment import environment
 from harness.store.record import Header, Record
 from harness.store.run_log import RunLog, new_run_id, utc_now
 from harness.store.tightness import DECISIVE_TIERS, not_tight
+
+if TYPE_CHECKING:
+    from harness.matrix import Expansion
+    from harness.report.summary import CoverageLine
 
 _YAML = (".yaml", ".yml")
 COVERAGE = "attnreg_coverage"
@@ -119,8 +123,8 @@ class Reporting:
         if facts.num_deselected:
             chosen = [f"{n} '{v}'" for n in ("--where", "--plant") if (v := facts.config.getoption(n))]
             return f"{' and '.join(chosen)} leaves none of {facts.num_deselected} cases of tier {facts.tier}"
-        if SELECTED in facts.coverage.values():
-            return ""  # pytest's own selection, which pytest reports
+        if facts.narrowed:
+            return ""  # which pytest reports
         return f"no matrix has a case in tier {facts.tier}: {', '.join(facts.coverage)}"
 
     @pytest.hookimpl(tryfirst=True)
@@ -132,7 +136,8 @@ class Reporting:
         outcome = Record.from_json(line).outcome
         if outcome is Outcome.PASS:
             return None
-        return outcome.value.lower(), _LETTERS.get(outcome, "F"), outcome.value
+        category = "harness_error" if outcome is Outcome.ERROR else outcome.value.lower()  # "error" is pytest's own
+        return category, _LETTERS.get(outcome, "F"), outcome.value
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self.log is None:
@@ -140,18 +145,13 @@ class Reporting:
                 terminalreporter.write_line(f"ERROR: {self.nothing_ran}", red=True)
             return
         self.log.close()
-        from harness.report.summary import CoverageLine
         from harness.report.terminal import render_run
 
         writer = terminalreporter._tw
-        coverage = {
-            name: CoverageLine(text, complete="%" not in text or "100 %" in text)
-            for name, text in self.session.coverage.items()
-        }
         text = render_run(
             self.records,
             self.log.header,
-            coverage,
+            self._coverage(),
             str(self._shown(self.log.latest)),
             width=max(80, min(writer.fullwidth, 120)),
             color=writer.hasmarkup,
@@ -166,9 +166,35 @@ class Reporting:
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
         """Workers collect, the controller does not: they send what they know of coverage."""
-        coverage, num_deselected = getattr(node, "workeroutput", {}).get(COVERAGE, ({}, 0))
+        coverage, num_deselected, narrowed = getattr(node, "workeroutput", {}).get(COVERAGE, ({}, 0, False))
         self.session.coverage.update(coverage)
         self.session.num_deselected = max(self.session.num_deselected, num_deselected)
+        self.session.narrowed |= narrowed
+
+    def _coverage(self) -> dict[str, CoverageLine]:
+        """What the cases that ran cover, by matrix name: the claim of the matrix only where all of its cases ran."""
+        from harness.report.summary import CoverageLine
+
+        ran: dict[str, dict[str, str]] = {}
+        for record in self.records:
+            ran.setdefault(record.matrix, {})[record.id] = record.matrix_path
+        lines = {}
+        for name, paths in ran.items():
+            if name not in self.session.coverage:  # a worker that was stopped sent nothing
+                self._expanded(next(iter(paths.values())))
+            text, total = self.session.coverage.get(name, ("", len(paths)))
+            if len(paths) >= total:
+                lines[name] = CoverageLine(text, complete="%" not in text or "100 %" in text)
+            elif (expansion := self._expanded(next(iter(paths.values())))) is not None:
+                lines[name] = CoverageLine(expansion.describe_part(paths), complete=False, total=total)
+        return lines
+
+    def _expanded(self, path: str) -> Expansion | None:
+        """The cases of the matrix at `path`; None where it was changed since it was collected: nothing is claimed."""
+        try:
+            return self.session.expand(self.session.config.rootpath / path)[1]
+        except AttnregError:
+            return None
 
     def _open_log(self) -> RunLog:
         if self.log is None:

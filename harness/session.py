@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from harness.run.run_case import Options
     from harness.store.record import Record
 
-SELECTED = "selected"  # in place of coverage, where options left cases of a matrix out
+PLUGIN = "harness.plugin"
 PROJECT = Path(__file__).resolve().parents[1]
 
 
@@ -52,8 +53,10 @@ class Session:
     config: pytest.Config
     kernels: Mapping[str, Contract]
     where: Where | None
-    coverage: dict[str, str] = field(default_factory=dict)  # by matrix name, in words
-    num_deselected: int = 0
+    coverage: dict[str, tuple[str, int]] = field(default_factory=dict)  # by matrix name: in words, and number of cases
+    num_deselected: int = 0  # by --where or --plant
+    narrowed: bool = False  # by pytest's own selection
+    expanded: dict[Path, tuple[Matrix, Expansion]] = field(default_factory=dict)
     _found: dict[Path, dict[str, Found]] = field(default_factory=dict)  # cases by path and id, once asked for
 
     @classmethod
@@ -77,7 +80,7 @@ class Session:
     @property
     def reports(self) -> Path:
         chosen = self.config.getoption("--reports")
-        return Path(chosen) if chosen else PROJECT / "reports"
+        return Path(chosen) if chosen else self.config.rootpath / "reports"
 
     @property
     def case_timeout(self) -> float:
@@ -99,11 +102,13 @@ class Session:
 
     def expand(self, path: Path) -> tuple[Matrix, Expansion]:
         """The matrix at `path` and its cases of this session's tier. Raises MatrixError."""
-        matrix = load(path, kernel_names=self.kernels)
-        expansion = matrix.expand(self.tier, supported=self.unsupported)
-        self._check_expectations(matrix, expansion)
-        self.coverage[matrix.name] = expansion.describe()
-        return matrix, expansion
+        if path not in self.expanded:
+            matrix = load(path, kernel_names=self.kernels)
+            expansion = matrix.expand(self.tier, supported=self.unsupported)
+            self._check_expectations(matrix, expansion)
+            self.coverage[matrix.name] = expansion.describe(), len(expansion.cases)
+            self.expanded[path] = matrix, expansion
+        return self.expanded[path]
 
     def _check_expectations(self, matrix: Matrix, expansion: Expansion) -> None:
         """MatrixError for an expectation that hides nothing any more: of no case in any tier, or expired unnoticed."""
@@ -149,7 +154,9 @@ class Session:
         own_seeds = {"geometry": case.geometry_seed, "data": case.data_seed}
         given = {seed: self.config.getoption(f"--{seed}-seed") for seed in own_seeds}
         seeds = verdict.seeds or {seed: own if given[seed] is None else given[seed] for seed, own in own_seeds.items()}
-        command = reproduce_line(shown, name, self.tier, seeds, self.reproduce_options, default_seeds=own_seeds)
+        command = reproduce_line(
+            shown, name, self.tier, seeds, self.reproduce_options, default_seeds=own_seeds, plugin=self.named_plugin
+        )
         return Record.of(
             case,
             replace(verdict, seeds=seeds),
@@ -199,6 +206,12 @@ class Session:
         from harness.run.observe import Demand
 
         return replace(self.options, demand=Demand(matrix.must_see, matrix.margin), noise_floor=matrix.noise_floor)
+
+    @property
+    def named_plugin(self) -> str:
+        """What -p has to name in every command, as it did in this one; nothing where attnreg is installed."""
+        named = PLUGIN in (self.config.getoption("plugins") or ())
+        return PLUGIN if named and not entry_points(group="pytest11", name=PLUGIN) else ""
 
     @property
     def reproduce_options(self) -> dict[str, object]:

@@ -6,13 +6,16 @@ whatever a contract does not admit is UNSUPPORTED, with the clause that says so,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from harness.cache.content import Content
 from harness.case import Case
 from harness.kernel.numerics import NumericsProfile
+from harness.matrix.axes import AXES, Choice
+from harness.matrix.rows import NAME
 
 FEATURES: dict[str, str] = {
     "sliding_window": "a sliding window",
@@ -27,6 +30,19 @@ FEATURES: dict[str, str] = {
     "strided_cache": "non-contiguous views of the cache",
     "strided_inputs": "non-contiguous q, k, v and out",
     "queries_before_keys": "rows that see no key (negative context_len)",
+}
+
+
+_WORDS: dict[str, frozenset[str]] = {  # what the sets of a contract hold: the words of the axis
+    name: frozenset(axis_type.words)
+    for name, axis in (
+        ("dtypes", "dtype"),
+        ("kv_dtypes", "kv_dtype"),
+        ("descales", "descales"),
+        ("layouts", "layout"),
+        ("page_tables", "page_table"),
+    )
+    if isinstance(axis_type := AXES[axis].type, Choice)
 }
 
 
@@ -58,9 +74,26 @@ class Contract:
     folder: Path | None = None  # set by the registry
 
     def __post_init__(self) -> None:
-        unknown = self.features - FEATURES.keys()
-        if unknown:
-            raise ValueError(f"contract of {self.name}: unknown features {sorted(unknown)}; known: {sorted(FEATURES)}")
+        """ValueError for a word that no matrix has: cases would be UNSUPPORTED for no reason of the kernel's."""
+        if wrong := next(self._mistakes(), None):
+            raise ValueError(f"contract of {self.name}: {wrong}")
+
+    def _mistakes(self) -> Iterator[str]:
+        if not NAME.fullmatch(self.name):
+            yield "a name holds letters, digits, _ and . only: ids spell it"
+        if self.entry and ":" not in self.entry:  # none: a kernel that is never loaded
+            yield f"entry is 'file:function', not '{self.entry}'"
+        content: Any = self.content
+        if not isinstance(content, Content):
+            yield f"content is {', '.join(map(str, Content))}, not {content!r}"
+        for field_name, known in (("features", frozenset(FEATURES)), *_WORDS.items()):
+            given: Any = getattr(self, field_name)
+            if unknown := {given} if isinstance(given, str) else set(given) - known:
+                shown = ", ".join(sorted(map(str, unknown)))
+                yield f"unknown {field_name}: {shown}; it is a set of {', '.join(sorted(known))}"
+        launches: Any = self.launches
+        if isinstance(launches, str):
+            yield f"launches is a tuple, ('{launches}',) for one kernel"
 
     def must_launch(self, case: Case) -> frozenset[str]:
         """The device kernels without which `case` did not take the path it is for."""

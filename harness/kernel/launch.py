@@ -1,7 +1,8 @@
 """Launch: run one kernel on arguments already checked, and say which device kernels really ran.
 
 Invariant: `ran` is observed at the launch of each device kernel, not claimed by the adapter; what the launch broke
-(inputs changed, red zones written, a kernel that never ran) comes back as violations, never as an exception.
+(inputs changed, red zones written, settings of torch changed, a kernel that never ran) comes back as violations, never
+as an exception, and no case leaves another torch to the next.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from typing import Any
 import torch
 
 from harness.case import Case
-from harness.errors import AttnregError, KernelRaised, first_line, lacks_memory
+from harness.errors import AttnregError
 from harness.interpreter.errors import MemoryFault
 from harness.kernel.arguments import LaunchArguments
 from harness.kernel.contract import Contract
+from harness.kernel.failures import is_refused_launch, kernel_error, memory_shortage
 from harness.kernel.guarded import GuardedOutput, fingerprint
 from harness.kernel.registry import Launcher
+from harness.kernel.torch_state import kept_torch_state
 
 _INPUTS = (
     "q", "k", "v", "k_cache", "v_cache", "block_table", "query_start_loc", "seq_lens",
@@ -45,23 +48,26 @@ def launch(
 ) -> LaunchResult:
     """Run `launcher` on `args` (compiled on a GPU, under the strict interpreter on a CPU) and observe it.
 
-    Raises KernelRaised where the kernel raises; out of memory and a dead device context pass through as they are.
+    Raises KernelRaised where the kernel raises, OutOfMemory where memory ran out in it; the error of a dead device
+    context passes through as it is.
     """
     inputs = input_tensors(args)
     before = {name: fingerprint(tensor) for name, tensor in inputs.items()}
     violations: list[str] = []
-    if "triton" not in sys.modules:  # loading the kernel imports it where it is used at all
-        _call(launcher, args)
-        ran: tuple[str, ...] = ()
-    elif args.q.device.type == "cpu":
-        ran, broken = _interpreted(launcher, args, inputs, outputs, program_order_seed)
-        violations += broken
-    else:
-        with observed_triton_launches() as names:
+    with kept_torch_state(args.q.device) as changed:
+        if "triton" not in sys.modules:  # loading the kernel imports it where it is used at all
             _call(launcher, args)
-        ran = tuple(dict.fromkeys(names))
-    if args.q.device.type == "cuda":
-        torch.cuda.synchronize(args.q.device)
+            ran: tuple[str, ...] = ()
+        elif args.q.device.type == "cpu":
+            ran, broken = _interpreted(launcher, args, inputs, outputs, program_order_seed)
+            violations += broken
+        else:
+            with observed_triton_launches() as names:
+                _call(launcher, args)
+            ran = tuple(dict.fromkeys(names))
+        if args.q.device.type == "cuda":
+            torch.cuda.synchronize(args.q.device)
+    violations += [f"the kernel changed torch's {what} and left it so" for what in changed]
     violations += _which_ran(contract, case, ran)
     violations += [f"{name} was written by the kernel" for name, t in inputs.items() if fingerprint(t) != before[name]]
     violations += [overrun for output in outputs if (overrun := output.overrun())]
@@ -77,12 +83,12 @@ def input_tensors(args: LaunchArguments) -> dict[str, torch.Tensor]:
 def _call(launcher: Launcher, args: LaunchArguments) -> None:
     try:
         launcher(args)
-    except (AttnregError, torch.AcceleratorError, KeyboardInterrupt):
+    except (AttnregError, KeyboardInterrupt):
         raise
     except BaseException as error:  # a kernel may raise anything, also what ends or skips a test: it is a failure
-        if lacks_memory(error):
+        if isinstance(error, torch.AcceleratorError) and not (memory_shortage(error) or is_refused_launch(error)):
             raise
-        raise KernelRaised(f"the kernel raised {type(error).__name__}: {first_line(error)}") from error
+        raise kernel_error(error) from error
 
 
 def _interpreted(

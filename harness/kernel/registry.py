@@ -9,7 +9,9 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import re
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from importlib.metadata import entry_points
@@ -23,6 +25,7 @@ from harness.kernel.contract import Contract
 IN_TREE = Path(__file__).resolve().parents[2] / "kernels"
 ENTRY_POINT_GROUP = "attnreg.kernels"
 _PACKAGE = "_attnreg_kernels"
+_CHANGED = "__attnreg_changed__"  # in a kernel's module: what its import changed of torch
 
 Launcher = Callable[[LaunchArguments], None]
 
@@ -50,15 +53,24 @@ def _contracts(folders: Iterable[Path]) -> Iterable[Contract]:
         if not families and folder != IN_TREE:  # absent where attnreg was installed without its checkout
             raise KernelNotFound(f"{folder}: no kernels here (expected {folder.name}/<family>/contract.py)")
         for family in families:
-            try:
-                module = importlib.import_module(f"{_package(folder)}.{family.name}.contract")
-                contracts = [replace(contract, folder=family) for contract in module.KERNELS]
-            except Exception as error:  # a contract is code: whatever is wrong in it is one message
-                what = f"{type(error).__name__}: {error}"
-                raise KernelNotFound(f"{family / 'contract.py'}: no KERNELS to be had: {what}") from error
-            yield from contracts
+            yield from _declared(family, f"{_package(folder)}.{family.name}.contract")
     for point in entry_points(group=ENTRY_POINT_GROUP):
         yield from point.load()
+
+
+def _declared(family: Path, module_name: str) -> Iterable[Contract]:
+    """The contracts of one family. Raises KernelNotFound, in one line, for whatever is wrong in its contract.py."""
+    path = family / "contract.py"
+    try:
+        found = getattr(importlib.import_module(module_name), "KERNELS", None)
+    except Exception as error:  # a contract is code: whatever is wrong in it is one message
+        own = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == path.resolve()]
+        line = error.lineno if isinstance(error, SyntaxError) else own[-1] if own else 1
+        raise KernelNotFound(f"{path}:{line}: {_told(error)}") from error
+    if not isinstance(found, tuple | list) or not all(isinstance(one, Contract) for one in found):
+        said = "there is none" if found is None else f"not {found!r:.60}"
+        raise KernelNotFound(f"{path}: KERNELS is a tuple of contracts, {said}")
+    return [replace(contract, folder=family) for contract in found]
 
 
 def _package(folder: Path) -> str:
@@ -70,6 +82,11 @@ def _package(folder: Path) -> str:
         package.__path__ = [str(folder)]
         sys.modules[name] = package
     return name
+
+
+def _told(error: BaseException) -> str:
+    """What an import raised, without the names of our private packages."""
+    return f"{type(error).__name__}: {re.sub(_PACKAGE + r'(_[0-9a-f]+)?[.]', '', str(error))}"
 
 
 def _origin(contract: Contract) -> str:
@@ -86,11 +103,21 @@ def get(kernels: Mapping[str, Contract], name: str) -> Contract:
         raise KernelNotFound(f"unknown kernel '{name}'.{hint} Known: {', '.join(sorted(kernels))}") from None
 
 
+def code_home(contract: Contract) -> Path | None:
+    """Where the kernel's own code lies: the folder of kernels it was found in, or the package or file of its entry."""
+    if contract.folder is not None:
+        return contract.folder.parent.resolve()
+    spec = importlib.util.find_spec(contract.entry.partition(":")[0].partition(".")[0])
+    if spec is None or spec.origin is None:
+        return None
+    return Path(spec.origin).parent if spec.submodule_search_locations else Path(spec.origin)
+
+
 def load_entry(contract: Contract) -> Launcher:
     """Import the implementation of a kernel and return its adapter.
 
     Raises KernelNotFound where a needed package is not installed (with the line that says what to install) or the
-    entry names nothing, KernelRaised where its code cannot be imported.
+    entry names nothing, KernelRaised where its code cannot be imported or leaves another torch behind.
     """
     missing = [name for name in contract.needs if importlib.util.find_spec(name) is None]
     if missing:
@@ -101,12 +128,30 @@ def load_entry(contract: Contract) -> Launcher:
     if contract.folder is not None:
         where = f"{_package(contract.folder.parent)}.{contract.folder.name}.{where.removesuffix('.py')}"
     try:
-        module = importlib.import_module(where)
+        module, changed = _imported(where)
     except (AttnregError, KeyboardInterrupt):
         raise
     except BaseException as error:  # importing a kernel runs its code: what it raises is the kernel's failure
-        raise KernelRaised(f"'{contract.entry}' cannot be imported: {type(error).__name__}: {error}") from error
+        raise KernelRaised(f"'{contract.entry}' cannot be imported: {_told(error)}") from error
+    if changed:
+        raise KernelRaised(f"importing '{contract.entry}' changed torch's {changed[0]} and left it so")
     launcher = getattr(module, function, None)
     if not callable(launcher):
-        raise KernelNotFound(f"kernel '{contract.name}': '{contract.entry}' is not a function")
+        near = difflib.get_close_matches(
+            function, [name for name, value in vars(module).items() if callable(value)], n=1
+        )
+        hint = f". Did you mean '{near[0]}'?" if near else ""
+        raise KernelNotFound(f"kernel '{contract.name}': '{contract.entry}' is not a function{hint}")
     return launcher  # type: ignore[no-any-return]
+
+
+def _imported(where: str) -> tuple[ModuleType, tuple[str, ...]]:
+    """The module, and what importing it changed of torch, which is put back.
+
+    A module is imported once and its changes count against every case, so the module keeps them.
+    """
+    from harness.kernel.torch_state import kept_torch_state  # imports torch, which listing kernels does without
+
+    with kept_torch_state() as changed:
+        module = importlib.import_module(where)
+    return module, vars(module).setdefault(_CHANGED, tuple(changed))

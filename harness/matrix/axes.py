@@ -16,7 +16,7 @@ from yaml import MappingNode, Node, SequenceNode
 
 from harness.case import Case, Placement
 from harness.matrix.expression import Kind
-from harness.matrix.rows import RowMix, check_name, parse_mix
+from harness.matrix.rows import SHARED_ROWS, RowMix, check_name, parse_mix
 from harness.matrix.source import (
     Mistake,
     Source,
@@ -149,13 +149,18 @@ class RowsValue:
         if not isinstance(node, MappingNode):
             word = text(node, name)
             if word not in vocabulary.mixes:
-                raise Mistake(span_of(node), f"unknown row mix '{word}'{suggestion(word, vocabulary.mixes)}")
+                raise Mistake(span_of(node), f"unknown row mix '{word}'{self._advice(word, vocabulary)}")
             return vocabulary.mixes[word]
         label = _label(node, "a row mix in place", vocabulary.source)
         mix = parse_mix(vocabulary.source, node, label)
         if vocabulary.mixes.setdefault(label, mix) != mix:
             raise Mistake(span_of(node), f"row mix '{label}' is already defined otherwise")
         return mix
+
+    @staticmethod
+    def _advice(word: str, vocabulary: Vocabulary) -> str:
+        near = suggestion(word, vocabulary.mixes)
+        return near or f". Define it under row_mixes, or in {SHARED_ROWS} beside this file"
 
     def schema(self) -> Schema:
         return {"anyOf": [{"type": "string"}, {"$ref": "#/definitions/row_mix_in_place"}]}

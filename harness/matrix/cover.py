@@ -27,10 +27,11 @@ class CoverError(AttnregError):
 
 @dataclass(frozen=True)
 class Constraint:
-    """A predicate over `axes`; `holds` is given a mapping with at least those."""
+    """A predicate over `axes`; `holds` is given a mapping with at least those. `text` says it to people."""
 
     axes: frozenset[str]
     holds: Callable[[Mapping[str, Any]], bool]
+    text: str = ""
 
 
 @dataclass(frozen=True)

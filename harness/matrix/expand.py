@@ -12,9 +12,9 @@ what a cover leaves out is proved impossible, by constraint or by contract.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import product
+from itertools import combinations, product
 from typing import Any
 
 from harness.case import Case, Rows
@@ -23,18 +23,18 @@ from harness.matrix.cover import Constraint, CoverError, Model, check, cover
 from harness.matrix.expression import ExpressionError
 from harness.matrix.matrix import Matrix, Rule, Supported, Tier, Values
 from harness.matrix.rows import ROWS_AXES, RowMix
-from harness.matrix.source import MatrixError, Mistake, Span
+from harness.matrix.source import MatrixError, Mistake
 from harness.problem.admission import descales_refusal, law_refusal, placement_refusal
 
 _NO_ROWS = (1,), (16,)  # stands in where a batch is not known yet or does not matter
 _HEADS = frozenset({"num_q_heads", "gqa_ratio"})
-_LAW_AXES = frozenset({"data", "logits_soft_cap", "alibi", "causal"})
-_DESCALE_AXES = frozenset({"descales", "kv_dtype"})
-_PLACEMENT_AXES = ROWS_AXES | {"placement"}
-Spans = Mapping[tuple[str, Any], Span]
+LAW_AXES = frozenset({"data", "logits_soft_cap", "alibi", "causal"})
+DESCALE_AXES = frozenset({"descales", "kv_dtype"})
+PLACEMENT_AXES = ROWS_AXES | {"placement"}
 Predicate = Callable[[Mapping[str, Any]], bool]
 _COUPLED = (frozenset({"head_size", "head_size_v"}), ROWS_AXES)  # axes that one clause of a contract looks at together
-_TUPLES = {0: "values", 1: "values", 2: "pairs", 3: "triples"}
+TUPLES = {0: "values", 1: "values", 2: "pairs", 3: "triples"}
+_MAX_NAMED = 3  # values without a case, named in a summary
 _CANDIDATES = {0: 1, 1: 1, 2: 12, 3: 4}  # tries per row of a cover: small tiers are worth squeezing
 
 
@@ -47,29 +47,56 @@ class Coverage:
     covered: int
     excluded_by_constraint: int
     excluded_by_contract: int
+    unsupported: tuple[str, ...] = ()  # values that no case has, as no kernel takes them, e.g. "page_size 24"
 
-    def describe(self) -> str:
-        """For summaries: "pairs 100 %"; never rounded up."""
-        share = 100 if self.covered == self.feasible else min(int(100 * self.covered / self.feasible), 99)
-        return f"{_TUPLES[self.t]} {share} %"
+    def describe(self, covered: int | None = None) -> str:
+        """For summaries: "pairs 100 %"; never rounded up. covered: tuples of the cases that ran, where not all did."""
+        amount = self.covered if covered is None else covered
+        share = 100 if amount == self.feasible else min(int(100 * amount / self.feasible), 99)
+        more = len(self.unsupported) - _MAX_NAMED
+        named = ", ".join(self.unsupported[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
+        return f"{TUPLES[self.t]} {share} %" + (f", unsupported: {named}" if named else "")
 
 
 @dataclass(frozen=True)
 class Expansion:
-    """The cases of one tier. `lines[i]` is where cases[i] was asked for; coverage is None for lists and products."""
+    """The cases of one tier. `lines[i]` is where cases[i] was asked for; coverage is None for lists and products.
+
+    Of a cover, the first `num_covering` cases form it; what `also` asks for follows.
+    """
 
     matrix: Matrix
     tier: str
     cases: tuple[Case, ...] = ()
     lines: tuple[int, ...] = ()
     coverage: Coverage | None = None
+    num_covering: int = 0
 
     def describe(self) -> str:
-        """For summaries: what the selection promises."""
+        """For summaries: what the selection promises, if all of it runs."""
         if self.coverage is not None:
             return self.coverage.describe()
         tier = self.matrix.tiers.get(self.tier)
         return "all" if tier is not None and tier.full else "listed"
+
+    def describe_part(self, ran: Collection[str]) -> str:
+        """For summaries: what the cases with ids `ran` cover by themselves; nothing where no cover was promised."""
+        if self.coverage is None:
+            return ""
+        values = tier_values(self.matrix, self.matrix.tiers[self.tier])
+        free = [axis for axis, several in values.items() if len(several) > 1]
+        met: set[tuple[tuple[str, str], ...]] = set()
+        for case in self.cases[: self.num_covering]:
+            if case_id(case) in ran:
+                met.update(combinations([(axis, spell(getattr(case, axis))) for axis in free], self.coverage.t))
+        return self.coverage.describe(len(met))
+
+
+def spell(value: object) -> str:
+    """A value of an axis as a matrix writes it; rows and placements by name."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return str(getattr(value, "name", value))
 
 
 def assemble(name: str, assignment: Mapping[str, Any]) -> Case | None:
@@ -104,15 +131,29 @@ def _expand_tier(matrix: Matrix, tier: Tier, supported: Supported) -> Expansion:
     elif tier.full:
         for case in _cases(matrix, tier_values(matrix, tier)):
             found.setdefault(case, tier.span.line)
+    num_covering = len(found) if coverage is not None else 0
     for entry in tier.entries:
         for case in _cases(matrix, entry_values(matrix, tier, entry.values)):
             found.setdefault(case, entry.span.line)
     if not found:
-        what = f"tier '{tier.name}' selects no case: the contracts of {', '.join(matrix.kernels)} admit none"
-        raise Mistake(tier.span, what)
+        raise Mistake(
+            tier.span,
+            f"tier '{tier.name}' selects no case that a contract admits: {_refusals(matrix, tier, supported)}",
+        )
     if len({case_id(case) for case in found}) != len(found):
         raise AssertionError(f"{matrix.path}: two cases of tier '{tier.name}' share an id")
-    return Expansion(matrix, tier.name, tuple(found), tuple(found.values()), coverage)
+    return Expansion(matrix, tier.name, tuple(found), tuple(found.values()), coverage, num_covering)
+
+
+def _refusals(matrix: Matrix, tier: Tier, supported: Supported) -> str:
+    """Why no kernel takes part: for each, the clause of its contract that rules out the first case it would have."""
+    said = []
+    for kernel in matrix.kernels:
+        model = Model({**tier_values(matrix, tier), "kernel": (kernel,)}, constraints(matrix.name, matrix.rules))
+        row = model.possible()
+        case = None if row is None else assemble(matrix.name, model.assignment(row))
+        said.append(f"{kernel}: {(case and supported(case)) or 'constraints leave none'}")
+    return "; ".join(said)
 
 
 def tier_values(matrix: Matrix, tier: Tier) -> Values:
@@ -137,11 +178,11 @@ def constraints(name: str, rules: Iterable[Rule]) -> list[Constraint]:
         return assemble(name, values) is not None
 
     implied = [
-        Constraint(_HEADS, divides),
-        Constraint(ROWS_AXES, rows_resolve),
-        Constraint(_LAW_AXES, _admits(name, law_refusal)),
-        Constraint(_DESCALE_AXES, _admits(name, descales_refusal)),
-        Constraint(_PLACEMENT_AXES, _admits(name, placement_refusal)),
+        Constraint(_HEADS, divides, "gqa_ratio divides num_q_heads"),
+        Constraint(ROWS_AXES, rows_resolve, "rows have valid lengths"),
+        Constraint(LAW_AXES, _admits(name, law_refusal), "the data law is possible"),
+        Constraint(DESCALE_AXES, _admits(name, descales_refusal), "the descales are possible"),
+        Constraint(PLACEMENT_AXES, _admits(name, placement_refusal), "the placement is possible"),
     ]
     return implied + [_rule_constraint(name, rule) for rule in rules]
 
@@ -162,80 +203,7 @@ def _rule_constraint(name: str, rule: Rule) -> Constraint:
         except ExpressionError as error:
             raise Mistake(rule.span, error.what) from None
 
-    return Constraint(rule.where.axes, holds)
-
-
-def check_tier(matrix: Matrix, tier: Tier) -> Iterator[Mistake]:
-    """What is wrong with the combinations of `tier`, contracts aside."""
-    if tier.cover is not None or tier.full:
-        where = f"tier '{tier.name}'"
-        yield from _check_values(matrix, tier_values(matrix, tier), where, tier.span, matrix.spans)
-    for entry in tier.entries:
-        where = f"the entry on line {entry.span.line}"
-        yield from _check_values(matrix, entry_values(matrix, tier, entry.values), where, entry.span, {})
-
-
-def _check_values(matrix: Matrix, values: Values, where: str, span: Span, spans: Spans) -> Iterator[Mistake]:
-    """The narrowest reasons: single values that are never possible; else one constraint; else all of them."""
-    if values["rows"] == (None,):
-        yield Mistake(span, f"{where} has no rows: give the axis 'rows' a row mix")
-        return
-    never = [
-        *_indivisible(values, where, span, spans),
-        *_meaningless_rows(matrix, values, where, span, spans),
-        *_refused(matrix, values, where, span, spans),
-    ]
-    yield from never
-    if never:
-        return
-    for rule in matrix.rules:
-        if Model(values, constraints(matrix.name, [rule])).possible() is None:
-            place = rule.span if spans else span  # an entry breaks a constraint; a whole tier is broken by one
-            yield Mistake(place, f"the constraint excludes every case of {where}: {rule.where.text}")
-            return
-    if Model(values, constraints(matrix.name, matrix.rules)).possible() is None:
-        yield Mistake(span, f"{where} selects no case: the constraints together exclude every combination")
-
-
-def _indivisible(values: Values, where: str, span: Span, spans: Spans) -> Iterator[Mistake]:
-    heads = values["num_q_heads"]
-    for ratio in values["gqa_ratio"]:
-        if all(head % ratio for head in heads):
-            what = f"gqa_ratio {ratio} does not divide num_q_heads {_list(heads)} of {where}"
-            yield Mistake(spans.get(("gqa_ratio", ratio), span), what)
-
-
-def _meaningless_rows(matrix: Matrix, values: Values, where: str, span: Span, spans: Spans) -> Iterator[Mistake]:
-    for mix in values["rows"]:
-        if not any(assemble(matrix.name, chosen) for chosen in _products(values, ROWS_AXES, rows=mix)):
-            pages, windows = _list(values["page_size"]), _list(values["sliding_window"])
-            what = f"row mix '{mix.name}' has no valid lengths with page_size {pages} and sliding_window {windows}"
-            yield Mistake(spans.get(("rows", mix), span), f"{what} of {where}")
-
-
-def _refused(matrix: Matrix, values: Values, where: str, span: Span, spans: Spans) -> Iterator[Mistake]:
-    for axis, axes, refusal in (
-        ("data", _LAW_AXES, law_refusal),
-        ("descales", _DESCALE_AXES, descales_refusal),
-        ("placement", _PLACEMENT_AXES, placement_refusal),
-    ):
-        for value in values[axis]:
-            tried = (assemble(matrix.name, chosen) for chosen in _products(values, axes, **{axis: value}))
-            refusals = [refusal(case) for case in tried if case is not None]
-            if refusals and all(refusals):
-                what = f"{refusals[0]} (in every combination of {where})"
-                yield Mistake(spans.get((axis, value), span), what)
-
-
-def _list(values: Iterable[object]) -> str:
-    return ", ".join("none" if value is None else str(value) for value in values)
-
-
-def _products(values: Values, axes: frozenset[str], **given: object) -> Iterator[dict[str, Any]]:
-    """All combinations of `values` over `axes`, those of `given` held."""
-    names = sorted(axes)
-    for row in product(*((given[name],) if name in given else values[name] for name in names)):
-        yield dict(zip(names, row, strict=True))
+    return Constraint(rule.where.axes, holds, f"{rule.where.text} (line {rule.span.line})")
 
 
 def _cases(matrix: Matrix, values: Values) -> Iterator[Case]:
@@ -267,7 +235,13 @@ def _expand_cover(matrix: Matrix, tier: Tier, supported: Supported, found: dict[
         assert case is not None  # an implied constraint
         found.setdefault(case, tier.span.line)
     by_contract = len(report.impossible) - by_constraint
-    return Coverage(report.t, report.feasible, report.covered, by_constraint, by_contract)
+    without_case = tuple(
+        f"{model.names[axis]} {spell(value)}"
+        for axis in model.free
+        for number, value in enumerate(model.values[axis])
+        if all(row[axis] != number for row in rows)
+    )
+    return Coverage(report.t, report.feasible, report.covered, by_constraint, by_contract, without_case)
 
 
 def contract_constraints(name: str, values: Values, supported: Supported) -> list[Constraint]:

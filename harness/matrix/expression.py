@@ -60,7 +60,9 @@ def parse_expression(text: str, kinds: Mapping[str, Kind], words: Mapping[str, C
         tree = ast.parse(body, mode="eval")
     except SyntaxError as error:
         offset = indent + min(error.offset - 1 if error.offset else len(body), len(body))  # no offset: at the end
-        raise ExpressionError(clean, offset, 1, "this is no expression; for example: page_size == 16") from None
+        cut = body.count("(") > body.count(")")
+        advice = "an expression with a comma has to be quoted here" if cut else "for example: page_size == 16"
+        raise ExpressionError(clean, offset, 1, f"this is no expression; {advice}") from None
     compiler = _Compiler(clean, indent, kinds, words)
     evaluate, kind = compiler.compile(tree.body)
     return Expression(clean, kind, frozenset(compiler.names), evaluate)

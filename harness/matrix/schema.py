@@ -11,10 +11,12 @@ from __future__ import annotations
 import json
 
 from harness.matrix.axes import ALIASES, AXES, Schema, axis_name
+from harness.matrix.conditions import EXPECT_KEYS
 from harness.matrix.expect import EXPECTABLE
-from harness.matrix.loading import EXPECT_KEYS, KEYS, LEGACY_KEYS, REQUIRED_KEYS, TIER_KEYS
+from harness.matrix.loading import KEYS, LEGACY_KEYS, REQUIRED_KEYS
 from harness.matrix.matrix import FAULTS, NOISE_FLOORS, TIERS
 from harness.matrix.rows import DRAWN_KEYS, LISTED_KEYS
+from harness.matrix.tiers import TIER_KEYS
 
 _TEXT: Schema = {"type": "string"}
 

@@ -56,6 +56,8 @@ class MatrixError(AttnregError):
         return tuple(f"{self.path}:{span.line}:{span.column}: {what}" for span, what in self.mistakes)
 
     def _block(self, lines: tuple[str, ...], span: Span, what: str) -> str:
+        if not lines:  # a file that could not be read has none to show
+            return f"{self.path}:{span.line}:{span.column}: {what}"
         shown = lines[span.line - 1] if span.line <= len(lines) else ""
         return (
             f"{self.path}:{span.line}:{span.column}: {what}\n"
@@ -75,9 +77,11 @@ class Source:
 
     @classmethod
     def read(cls, path: Path | str) -> Source:
-        """The file at `path`; a file that cannot be read is an OSError, text that is not UTF-8 a MatrixError."""
+        """The file at `path`. MatrixError where it cannot be read or is not UTF-8 text."""
         try:
             return cls(path, Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise MatrixError(str(path), (), [Mistake(Span(1, 1), f"cannot be read: {error.strerror}")]) from None
         except UnicodeDecodeError as error:
             raise MatrixError(str(path), (), [Mistake(Span(1, 1), f"not UTF-8 text: {error.reason}")]) from None
 

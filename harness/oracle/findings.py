@@ -42,6 +42,7 @@ class TensorFindings:
     num_inf: int  # infinite where the reference is finite
     num_unwritten: int  # elements that still hold the poison they were handed out with
     worst: Worst | None  # None where nothing was compared
+    num_zero: int = 0  # mismatched elements that are exactly 0
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def _compare(
     missing = worst.new_zeros(()) if unwritten is None else unwritten.sum()
     place = (x.flatten()[where].double() for x in (stored, want, allowed))
     numbers = torch.stack([worst, where.double(), missing.double(), *place]).tolist()
-    counts, mismatched = (0, 0, 0), torch.zeros((), dtype=torch.bool).expand(stored.shape)
+    counts, mismatched = (0, 0, 0, 0), torch.zeros((), dtype=torch.bool).expand(stored.shape)
     if not numbers[0] <= 1:  # only then can anything be wrong: an infinity or NaN never gives a finite worst
         error, counts = _settled(error, stored, unit, want)
         mismatched = (error > 1).cpu() if counts[0] else mismatched
@@ -87,6 +87,7 @@ def _compare(
         num_inf=counts[2],
         num_unwritten=int(num_unwritten),
         worst=Worst(token, head, dim, got_there * unit, want_there, allowed_there, err_over_tol),
+        num_zero=counts[3],
     )
 
 
@@ -98,16 +99,17 @@ def _signed_error(stored: torch.Tensor, unit: float, want: torch.Tensor) -> torc
 
 def _settled(
     ratio: torch.Tensor, stored: torch.Tensor, unit: float, want: torch.Tensor
-) -> tuple[torch.Tensor, tuple[int, int, int]]:
+) -> tuple[torch.Tensor, tuple[int, int, int, int]]:
     """Error in units of tolerance, 0 where equal (infinities and 0/0 too), inf where anything is not a number.
 
-    And how many elements exceed 1, are NaN, are infinite where the reference is finite.
+    And how many elements exceed 1, are NaN, are infinite where the reference is finite, exceed 1 and are 0.
     """
     got = stored.double() * unit
     ratio = ratio.nan_to_num_(nan=math.inf, posinf=math.inf).masked_fill_(got == want, 0.0)
-    counts = (ratio > 1).sum(), got.isnan().sum(), (got.isinf() & want.isfinite()).sum()
-    bad, nan, inf = torch.stack(counts).tolist()
-    return ratio, (bad, nan, inf)
+    wrong = ratio > 1
+    counts = wrong.sum(), got.isnan().sum(), (got.isinf() & want.isfinite()).sum(), (wrong & (got == 0)).sum()
+    bad, nan, inf, zero = torch.stack(counts).tolist()
+    return ratio, (bad, nan, inf, zero)
 
 
 def _coordinates(index: int, shape: tuple[int, ...]) -> tuple[int, int, int]:

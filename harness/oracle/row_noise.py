@@ -17,7 +17,6 @@ enters neither. Rows whose errors are not generic (one key has all the mass, or 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -162,9 +161,8 @@ def row_noise(rows: Rows, profile: NumericsProfile, q_dtype: str, alike: torch.T
     p_type = max(p_types, key=lambda kind: kind.unit_roundoff)
     n = rows.visible.sum(-1).double().expand(rows.p.shape[:3])  # [L]
     p, out = rows.p, rows.out
-    largest = rows.scores.masked_fill(~rows.visible, -math.inf).amax(-1, keepdim=True)  # [L, 1]
-    scale = (largest - rows.lse).exp()  # [L, 1]: p of the largest key; x_j = p_j / scale
-    scale = scale.nan_to_num(0.0, 0.0, 0.0)
+    # p of what x_j = p_j / scale is relative to: the largest key, or the sink, which has what the keys leave
+    scale = torch.maximum(p.amax(-1), 1 - p.sum(-1)).clamp_(min=0)[..., None]  # [L, 1]
     cached = rows.cached[:, None, None]  # [num_seqs, 1, 1, n]
     cached_p, new_p = p_types
     roundoff = torch.where(cached, p.new_tensor(cached_p.unit_roundoff), p.new_tensor(new_p.unit_roundoff))

@@ -31,8 +31,22 @@ REASON_LABELS: dict[Outcome, str] = {
     Outcome.ERROR: "harness",
 }
 
-FIRST_ROWS = ("before launch", "violates", "wrong", "how much", "lse", "of these", "not", "token/page", "looks like")
+FIRST_ROWS = (
+    "before launch",
+    "raised",
+    "message",
+    "at",
+    "violates",
+    "wrong",
+    "how much",
+    "lse",
+    "of these",
+    "not",
+    "token/page",
+    "looks like",
+)
 LAST_ROWS = ("seen",)
+EMPHASISED = ("before launch", "raised", "violates", "wrong")
 SHADES = ".-+*#"  # none, up to a third, up to two thirds, more, all
 
 
@@ -42,7 +56,7 @@ def failure_lines(record: Record, width: int = WIDTH) -> list[Line]:
     rows: Mapping[str, Sequence[str]] = explanation.get("rows") or {_reason_label(record.outcome): [record.reason]}
     lines = [*_title(record, width), *_ran(record, width)]
     for label in _ordered(rows):
-        emphasis = "bold" if label in FIRST_ROWS[:3] else ""
+        emphasis = "bold" if label in EMPHASISED else ""
         lines += labelled(label, rows[label], width, emphasis)
     lines += _heat(explanation.get("heat") or [])
     lines += [line(INDENT, Span(text, "dim")) for text in explanation.get("traceback") or []]

@@ -41,10 +41,11 @@ ALWAYS_NAMED = (Outcome.PASS, Outcome.BLIND)
 
 @dataclass(frozen=True)
 class CoverageLine:
-    """What the table says about the coverage of a matrix, e.g. "pairs 100 %"."""
+    """What the table says about the coverage of a matrix, e.g. "pairs 100 %"; `total` where only some cases ran."""
 
     text: str
     complete: bool = True
+    total: int | None = None  # cases of the tier
 
 
 def summary_lines(
@@ -91,7 +92,7 @@ def _table(tallies: Sequence[MatrixTally], coverage: Mapping[str, CoverageLine])
         rows.append(
             (
                 Span(tally.matrix, "green" if not tally.failures else "red"),
-                Span(_plural(tally.cases, "case")),
+                Span(_cases(tally.cases, covered.total), "" if covered.total is None else "yellow"),
                 Span(_plural(tally.kernels, "kernel")),
                 Span(covered.text, "" if covered.complete else "yellow"),
                 Span(worst, "red" if tally.worst is not None and tally.worst > 1 else ""),
@@ -152,6 +153,10 @@ def _shared_start(ids: Sequence[str]) -> str:
         while not one.startswith(shared):
             shared = shared[:-1]
     return shared[: shared.rfind("-") + 1]
+
+
+def _cases(ran: int, total: int | None) -> str:
+    return _plural(ran, "case") if total is None else f"{ran:,} of {_plural(total, 'case')}"
 
 
 def _plural(amount: int, name: str) -> str:

@@ -16,12 +16,21 @@ import torch
 
 from harness.cache.effective import effective_kv
 from harness.case import Case
-from harness.errors import KernelNotFound, KernelRaised, LawError, PlacementError, SetupBug, first_line, lacks_memory
+from harness.errors import (
+    KernelNotFound,
+    KernelRaised,
+    LawError,
+    OutOfMemory,
+    PlacementError,
+    SetupBug,
+    first_line,
+)
 from harness.interpreter import prepare
 from harness.kernel.buffer_map import write_buffer_map
 from harness.kernel.contract import Contract
+from harness.kernel.failures import memory_shortage
 from harness.kernel.launch import LaunchResult, input_tensors, launch
-from harness.kernel.registry import load_entry
+from harness.kernel.registry import code_home, load_entry
 from harness.oracle.finer import finer_tolerance
 from harness.oracle.judge import judge
 from harness.oracle.observability import blind_to
@@ -38,6 +47,7 @@ from harness.run.twice import with_second_launch
 from harness.run.twin import with_noise_floor
 from harness.triage.bar_codes import decode_bar_codes
 from harness.triage.explain import explain_mismatch, explain_setup_bug, with_row
+from harness.triage.raised import explain_raised
 from references.attention import AttentionInputs, AttentionReference
 
 MOST_HELD = 2 << 30  # bytes of a device that a worker keeps between cases
@@ -100,23 +110,22 @@ def run_case(case: Case, contract: Contract, options: Options) -> Verdict:
         verdict = _judged(case, contract, options, watch)
     except (LawError, PlacementError) as error:
         verdict = Verdict(Outcome.TEST_BUG, f"this case cannot be built: {error}")
-    except (RuntimeError, MemoryError) as error:  # torch's of the device are RuntimeErrors
-        verdict = _spoilt(error, device)
+    except OutOfMemory as error:
+        verdict = Verdict(Outcome.OUT_OF_MEMORY, str(error), explanation=explain_raised(error, code_home(contract)))
+    except (MemoryError, RuntimeError) as error:
+        if shortage := memory_shortage(error):
+            phase = [*watch.seconds][-1] if watch.seconds else "start"  # it ended in this one
+            verdict = Verdict(Outcome.OUT_OF_MEMORY, f"attnreg ran out of {shortage} (in phase {phase})")
+        elif isinstance(error, torch.AcceleratorError) or context_error(device):
+            verdict = Verdict(Outcome.CRASH, f"the device context died: {first_line(error)}")
+        else:
+            raise
     if verdict.outcome is not Outcome.CRASH and (died := context_error(device)):
         verdict = Verdict(Outcome.CRASH, f"the device context died: {died}; {verdict.reason}".rstrip("; "))
-    if verdict.outcome is not Outcome.CRASH:  # in a dead context nothing can be released either
+    if verdict.outcome is not Outcome.CRASH:  # a dead device gives nothing back
         release_memory(device)
     seeds = {"geometry": case.geometry_seed, "data": case.data_seed}
     return replace(verdict, seconds=watch.seconds, seeds=seeds, law=law)
-
-
-def _spoilt(error: RuntimeError | MemoryError, device: torch.device) -> Verdict:
-    """The verdict on an error that says something of memory or device; raises what says neither."""
-    if lacks_memory(error):
-        return Verdict(Outcome.OUT_OF_MEMORY, first_line(error))
-    if isinstance(error, torch.AcceleratorError) or context_error(device):
-        return Verdict(Outcome.CRASH, f"the device context died: {first_line(error)}")
-    raise error
 
 
 def context_error(device: torch.device) -> str | None:
@@ -127,7 +136,7 @@ def context_error(device: torch.device) -> str | None:
     try:
         torch.ones(1, device=device).item()
     except RuntimeError as error:
-        return None if lacks_memory(error) else first_line(error)
+        return None if memory_shortage(error) else first_line(error)
     return None
 
 
@@ -203,9 +212,10 @@ def _launched(contract: Contract, setup: Setup, options: Options, watch: Stopwat
             fail = options.noise_floor == "fail"
             return with_noise_floor(verdict, contract, setup, reference, allowed, launcher, fail=fail)
     except KernelNotFound as error:
-        return Verdict(Outcome.ERROR, str(error))
+        return Verdict(Outcome.ERROR, str(error), explanation=with_row(None, "not loaded", str(error)))
     except KernelRaised as error:
-        return Verdict(Outcome.FAIL, str(error))
+        explanation = explain_raised(error, code_home(contract))
+        return Verdict(Outcome.FAIL, explanation["summary"], explanation=explanation)
 
 
 def _verdict(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from harness.store.record import Record
+from harness.triage.wording import without_numbers
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ def fingerprint(record: Record) -> str:
 
     Where there is no pattern the reason stands in for it, its numbers left out (they differ from case to case).
     """
-    shape = (record.explanation or {}).get("shape") or re.sub(r"\d[\d.,e+-]*", "#", record.reason)
+    shape = (record.explanation or {}).get("shape") or without_numbers(record.reason)
     key = "\n".join((record.outcome.value, record.kernel, str(shape)))
     return hashlib.sha256(key.encode()).hexdigest()[:8]
 

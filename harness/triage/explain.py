@@ -16,10 +16,10 @@ from harness.errors import SetupBug
 from harness.oracle.findings import Findings, TensorFindings, Worst
 from harness.store.plain import plain_dict
 from harness.triage.gains import gain_summary, tell_gains, tell_hull
-from harness.triage.hints import Hint, compare_tensors, find_hints
+from harness.triage.hints import Hint, compare_tensors, find_hints, merge_hints
 from harness.triage.pattern import Pattern, find_pattern
 from harness.triage.place import RowPart, places
-from harness.triage.wording import compact, count, number
+from harness.triage.wording import compact, count, number, without_numbers
 
 MAX_SEQUENCES = 4  # sequences told one by one
 
@@ -33,12 +33,12 @@ def explain_mismatch(case: Case, findings: Findings) -> dict[str, Any]:
     """
     rows: dict[str, list[str]] = {}
     tensors: list[dict[str, Any]] = []
-    hints: list[Hint] = []
+    hints_of: dict[str, list[Hint]] = {}
     heat: list[dict[str, Any]] = []
     shape: list[str] = []
     if findings.violations:
         rows["violates"] = list(findings.violations)
-        shape.append("violates")
+        shape += [f"violates: {without_numbers(violation)}" for violation in findings.violations]
     for found in findings.tensors:
         pattern = find_pattern(case, found)
         tensors.append(_tensor_data(case, found, pattern))
@@ -52,7 +52,7 @@ def explain_mismatch(case: Case, findings: Findings) -> dict[str, Any]:
         else:
             rows[found.name] = where + _how_much(case, found.worst)
         heat = heat or [vars(strip) for strip in pattern.heat]
-        hints += [hint for hint in seen if hint.key not in {h.key for h in hints}]
+        hints_of[found.name] = seen
         shape.append(_shape(found, pattern, seen))
     if findings.hull.num_outside:
         rows["hull"] = tell_hull(findings.hull)
@@ -60,7 +60,7 @@ def explain_mismatch(case: Case, findings: Findings) -> dict[str, Any]:
     if findings.gains.best is not None:
         rows |= tell_gains(case, findings.gains)
         shape.append(f"gain: {findings.gains.best.kind}")
-    hints += compare_tensors(findings)
+    hints = merge_hints(hints_of) + compare_tensors(findings)
     present, absent = _kinds(findings)
     if present:
         rows["of these"] = [", ".join(present)]
@@ -197,18 +197,17 @@ def _place_data(case: Case, worst: Worst) -> dict[str, Any]:
 
 
 def _kinds(findings: Findings) -> tuple[list[str], list[str]]:
-    """Kinds of fault that are there, counted, and kinds that are not."""
+    """Kinds of fault that are there, counted, of tensors but out with their name; and kinds that are nowhere."""
     present, absent = [], []
-    for name, amount in (
-        ("NaN", sum(t.num_nan for t in findings.tensors)),
-        ("Inf", sum(t.num_inf for t in findings.tensors)),
-        ("unwritten", sum(t.num_unwritten for t in findings.tensors)),
-        *((("outside the range of V", findings.hull.num_outside),) if findings.hull.num_elements else ()),
+    for kind, counts in (
+        ("NaN", {t.name: t.num_nan for t in findings.tensors}),
+        ("Inf", {t.name: t.num_inf for t in findings.tensors}),
+        ("unwritten", {t.name: t.num_unwritten for t in findings.tensors}),
+        *((("outside the range of V", {"out": findings.hull.num_outside}),) if findings.hull.num_elements else ()),
     ):
-        if amount:
-            present.append(f"{amount:,} {name}")
-        else:
-            absent.append(name)
+        met = {name: amount for name, amount in counts.items() if amount}
+        present += [f"{amount:,} {kind}{'' if name == 'out' else f' in {name}'}" for name, amount in met.items()]
+        absent += [] if met else [kind]
     return present, absent
 
 

@@ -6,7 +6,7 @@ opposite (a batch without prefill rows gives no "only decode rows").
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from harness.cache.content import is_decode
@@ -30,6 +30,22 @@ def find_hints(case: Case, found: TensorFindings, pattern: Pattern) -> list[Hint
     return [*_values(found), *_tokens(case, pattern), *_heads(case, pattern), *_dims(pattern)]
 
 
+def merge_hints(by_tensor: Mapping[str, Sequence[Hint]]) -> list[Hint]:
+    """The hints of all tensors that are wrong, each once: what holds of one of them only says of which.
+
+    A hint about out needs no name where nothing else is wrong.
+    """
+    merged: list[Hint] = []
+    for name, hints in by_tensor.items():
+        for hint in hints:
+            everywhere = all(hint in others for others in by_tensor.values())
+            if (everywhere and len(by_tensor) > 1) or [*by_tensor] == ["out"]:
+                merged += [hint] if hint not in merged else []
+            else:
+                merged.append(Hint(f"{name}.{hint.key}", f"{name}: {hint.text}"))
+    return merged
+
+
 def compare_tensors(findings: Findings) -> list[Hint]:
     """What the output and its LSE say about each other."""
     by_name = {t.name: t for t in findings.tensors}
@@ -48,6 +64,7 @@ def _values(found: TensorFindings) -> list[Hint]:
         ("unwritten", found.num_unwritten, "was never written"),
         ("nan", found.num_nan, "is NaN"),
         ("inf", found.num_inf, "is infinite"),
+        ("zero", found.num_zero, "is exactly 0"),
     ):
         if amount == found.num_mismatched:
             return [Hint(key, f"every wrong element {what}")]

@@ -19,13 +19,15 @@ def reproduce_line(
     options: Mapping[str, object] | None = None,
     *,
     default_seeds: Mapping[str, int] = DEFAULT_SEEDS,
+    plugin: str = "",
 ) -> str:
     """e.g. `pytest 'cases/contexted_kv.yaml::<id>' --tier nightly --data-seed 17 --plant drop_newest`.
 
     options: command-line options by name, with or without dashes. True is a flag; a list or tuple repeats the option;
     None, False and empty ones are left out. default_seeds: the seeds that the case has without being told.
+    plugin: what has to be loaded by name.
     """
-    words = ["pytest", _quoted(f"{matrix_path}::{case_id}")]
+    words = ["pytest", *(["-p", plugin] if plugin else []), _quoted(f"{matrix_path}::{case_id}")]
     if tier != DEFAULT_TIER:
         words += ["--tier", shlex.quote(tier)]
     for name, seed in (seeds or {}).items():

@@ -5,6 +5,7 @@ Invariant: a compact index set names no index that is not in the set, and says s
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 MAX_RUNS = 4  # runs named one by one before "and n more"
@@ -26,6 +27,11 @@ def percent(fraction: float) -> str:
     if 0.99 < fraction < 1:
         return "> 99 %"
     return f"{fraction * 100:.0f} %"
+
+
+def without_numbers(text: str) -> str:
+    """`text` with every number as #: equal for what differs in numbers only."""
+    return re.sub(r"\d[\d.,e+-]*", "#", text)
 
 
 def compact(indices: Sequence[int], total: int | None = None) -> str:

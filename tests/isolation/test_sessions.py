@@ -12,7 +12,7 @@ from tests.plugin.test_session import EXPECT, FEW, KERNELS, MATRIX, Toys
 
 DEADLY = {  # kernel: outcome, and what the reason has to say
     "toy_fenced": (Outcome.CRASH, " of v_cache ("),
-    "toy_gorging": (Outcome.OUT_OF_MEMORY, "can't allocate memory"),
+    "toy_gorging": (Outcome.OUT_OF_MEMORY, "could not be allocated"),
     "toy_quitting": (Outcome.FAIL, "SystemExit"),
     "toy_stumbling": (Outcome.CRASH, "collateral damage: the process died of SIGSEGV"),
 }

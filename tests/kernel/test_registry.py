@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from harness.case import Case, Rows
-from harness.errors import KernelNotFound
+from harness.errors import KernelNotFound, KernelRaised
 from harness.kernel.registry import IN_TREE, find_kernels, get, load_entry
 
 CONTRACT = """
@@ -69,11 +69,53 @@ def test_mistakes_are_one_clear_message(tmp_path: Path) -> None:
         get(kernels, "unified_pagd")
     broken = family(tmp_path / "broken")
     (broken / "family" / "contract.py").write_text("KERNELS = 1 +\n")
-    with pytest.raises(KernelNotFound, match=r"broken/family/contract\.py: no KERNELS to be had: SyntaxError"):
+    with pytest.raises(KernelNotFound, match=r"broken/family/contract\.py:1: SyntaxError"):
         find_kernels([broken])
     kernels = find_kernels([family(tmp_path / "function", entry="code.py:lunch")])
-    with pytest.raises(KernelNotFound, match="is not a function"):
+    with pytest.raises(KernelNotFound, match=r"is not a function\. Did you mean 'launch'\?"):
         load_entry(kernels["mine"])
+    kernels = find_kernels([family(tmp_path / "absent", entry="cods.py:launch")])
+    with pytest.raises(KernelRaised, match=r"ModuleNotFoundError: No module named 'family\.cods'"):
+        load_entry(kernels["mine"])
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "words"),
+    [
+        (
+            "features=frozenset()",
+            "features=frozenset({'prefil'})",
+            r"\.py:6: .* of mine: unknown features: prefil;",
+        ),
+        (
+            "features=frozenset()",
+            "features=frozenset(), dtypes=frozenset({'float16'})",
+            "unknown dtypes: float16; .*fp16",
+        ),
+        (
+            "features=frozenset()",
+            "features=frozenset(), kv_dtypes='fp8_e4m3'",
+            "unknown kv_dtypes: fp8_e4m3; it is a set",
+        ),
+        ("features=frozenset()", "features=frozenset(), launches=('k')", r"launches is a tuple, \('k',\) for one"),
+        ("content=Content.ALL", "content='all'", "content is .*Content.ALL.*, not 'all'"),
+        ("code.py:launch", "code.py", "entry is 'file:function', not 'code.py'"),
+        ("'mine'", "'my-kernel'", "a name holds letters, digits"),
+        ("KERNELS =", "KERNEL =", "KERNELS is a tuple of contracts, there is none"),
+        ("KERNELS = (", "KERNELS = (3,", r"KERNELS is a tuple of contracts, not \(3, "),
+        ("Content.ALL", "Content.EVERYTHING", r"contract\.py:7: AttributeError"),
+    ],
+)
+def test_a_contract_that_no_matrix_could_meet_is_refused_with_its_line(
+    tmp_path: Path, good: str, bad: str, words: str
+) -> None:
+    path = family(tmp_path) / "family" / "contract.py"
+    text = path.read_text()
+    assert text.count(good) == 1
+    path.write_text(text.replace(good, bad))
+    with pytest.raises(KernelNotFound, match=words) as caught:
+        find_kernels([tmp_path])
+    assert "\n" not in str(caught.value)
 
 
 def test_a_clause_outside_the_contract_is_named() -> None:

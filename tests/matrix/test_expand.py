@@ -96,7 +96,7 @@ def test_a_kernel_without_any_admitted_case_takes_no_part(tmp_path: Path) -> Non
     with pytest.raises(MatrixError) as caught:
         demo.expand("smoke", supported=lambda c: "never")
     assert caught.value.headlines[0].endswith(
-        ":7:9: tier 'smoke' selects no case: the contracts of alpha, beta admit none"
+        ":7:9: tier 'smoke' selects no case that a contract admits: alpha: never; beta: never"
     )
 
 
@@ -150,16 +150,16 @@ def test_implied_constraints_leave_combinations_out_of_products(tmp_path: Path) 
         "  sliding_window: [none, 4]\n"
         "  logits_soft_cap: [none, 30]\n"
         "  data: [normal, needle]\n"
-        "  rows: [{name: edge, query_lens: [1], context_lens: [sliding_window]}]\n"
+        "  rows: [{name: edge, query_lens: [1], context_lens: [sliding_window]}, two]\n"
         "tiers: {ci: full}\n",
     )
     cases = demo.expand("ci", supported=admit_all).cases
     assert {(case.num_q_heads, case.gqa_ratio) for case in cases} == {(6, 3), (8, 4)}
-    assert {case.sliding_window for case in cases} == {4}
+    assert {(case.rows.name, case.sliding_window) for case in cases} == {("edge", 4), ("two", None), ("two", 4)}
     assert {(case.data, case.logits_soft_cap) for case in cases} == {
         ("normal", None), ("normal", 30.0), ("needle", None),
     }  # fmt: skip
-    assert len(cases) == 2 * 2 * 3
+    assert len(cases) == 2 * 2 * 3 * 3
 
 
 def test_expanding_twice_gives_the_same_cases_in_the_same_order(tmp_path: Path) -> None:

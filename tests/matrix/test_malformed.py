@@ -242,6 +242,55 @@ MISTAKES = [
         id="together",
     ),
     pytest.param(
+        "  - page_size != 32 or kernel != 'alpha'",
+        "  - page_size != 32 or gqa_ratio > 8",
+        [
+            "7:19: no case of tier 'smoke' has page_size 32: excluded by the constraint "
+            "page_size != 32 or gqa_ratio > 8 (line 15)"
+        ],
+        id="emptied_value",
+    ),
+    pytest.param(
+        "  - page_size != 32 or kernel != 'alpha'",
+        "  - kernel == 'beta'",
+        ["3:11: no case of tier 'smoke' has kernel alpha: excluded by the constraint kernel == 'beta' (line 15)"],
+        id="emptied_kernel",
+    ),
+    pytest.param(
+        "  - page_size != 32 or kernel != 'alpha'",
+        "  - page_size != 32 or data == 'probe'\n  - page_size != 32 or data == 'normal'",
+        ["7:19: no case of tier 'smoke' has page_size 32: the constraints together exclude it"],
+        id="emptied_together",
+    ),
+    pytest.param(
+        "fixed: {num_q_heads: 8}\naxes:\n  gqa_ratio: [1, 8]",
+        "axes:\n  num_q_heads: [8, 12]\n  gqa_ratio: [8]",
+        ["5:20: no case of tier 'smoke' has num_q_heads 12: excluded by the constraint gqa_ratio divides num_q_heads"],
+        id="emptied_by_what_is_implied",
+    ),
+    pytest.param(
+        "nightly: full",
+        "nightly: full\n  ci: {list: [{page_size: [16, 32], kernel: [alpha]}]}",
+        [
+            "20:15: no case of the entry on line 20 has page_size 32: excluded by the constraint "
+            "page_size != 32 or kernel != 'alpha' (line 15)"
+        ],
+        id="emptied_in_an_entry",
+    ),
+    pytest.param(
+        "page_size: [16, 32]",
+        "page_size: [16, 32]\n  data_seed: ["
+        + ", ".join(map(str, range(1500)))
+        + "]\n  geometry_seed: ["
+        + ", ".join(map(str, range(1, 31)))
+        + "]",
+        [
+            "21:3: tier 'nightly' has 2,880,000 combinations before constraints, more than the 250,000 that are gone "
+            "through: cover: 2 or 3 takes few of them",
+        ],
+        id="too_many_combinations",
+    ),
+    pytest.param(
         "{cover: 2}",
         "{cover: 2, also: [{kernel: alpha, page_size: 32}]}",
         ["18:28: the constraint excludes every case of the entry on line 18: page_size != 32 or kernel != 'alpha'"],

@@ -10,8 +10,10 @@ import yaml
 from jsonschema import Draft7Validator
 
 from harness.matrix import AXES, FAULTS, SHARED_ROWS, TIERS
-from harness.matrix.loading import EXPECT_KEYS, KEYS, TIER_KEYS
+from harness.matrix.conditions import EXPECT_KEYS
+from harness.matrix.loading import KEYS
 from harness.matrix.schema import build, render
+from harness.matrix.tiers import TIER_KEYS
 
 CASES = Path(__file__).parents[2] / "cases"
 MATRICES = sorted(path for path in CASES.glob("*.yaml") if path.name != SHARED_ROWS)

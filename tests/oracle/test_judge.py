@@ -95,6 +95,9 @@ def test_zeros_are_not_an_output(feature: str) -> None:
     out, lse = run_emulated(inputs, PROFILE, "bf16")
     found = judged(inputs, torch.zeros_like(out), lse, PROFILE, "bf16").tensors[0]
     assert found.num_mismatched > found.num_elements // 2
+    assert found.num_zero == found.num_mismatched
+    halved = judged(inputs, out / 2, lse, PROFILE, "bf16").tensors[0]
+    assert halved.num_mismatched > halved.num_zero  # of halves only those of zeros are zero
 
 
 def test_zeros_are_right_where_nothing_is_seen_or_all_values_are_zero() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -26,7 +27,7 @@ axes:
   data_seed: [0, 1]
   {axes}
 tiers:
-  smoke: full
+  smoke: {tier}
 {expect}
 """
 
@@ -43,10 +44,16 @@ class Toys:
         self.pytester = pytester
 
     def run(
-        self, kernels: str, *options: str, axes: str = "", expect: str = "", isolated: bool = False
+        self,
+        kernels: str,
+        *options: str,
+        axes: str = "",
+        expect: str = "",
+        tier: str = "full",
+        isolated: bool = False,
     ) -> pytest.RunResult:
         path = self.pytester.path / "toys.yaml"
-        path.write_text(MATRIX.format(kernels=kernels, axes=axes, expect=expect))
+        path.write_text(MATRIX.format(kernels=kernels, axes=axes, expect=expect, tier=tier))
         arguments = [
             "-p",
             "harness.plugin",
@@ -101,6 +108,8 @@ def test_an_honest_kernel_is_green_and_quiet(toys: Toys) -> None:
         ("toy_forgetful", "*worst * tolerance*"),
         ("toy_greedy", "*q was written by the kernel"),
         ("toy_overrun", "*1 elements behind or between the rows of out were written*"),
+        ("toy_careless", "*the kernel changed torch's default dtype (was torch.float32*"),
+        ("toy_rude", "*importing 'rude.py:honest' changed torch's deterministic mode*"),
         ("toy_raising", "*the kernel raised RuntimeError: no such instruction*"),
         ("toy_skipping", "*the kernel raised Skipped*"),
         ("toy_quitting", "*the kernel raised SystemExit*"),
@@ -112,7 +121,7 @@ def test_a_faulty_kernel_is_red_and_says_why(toys: Toys, kernel: str, words: str
     assert result.ret == 1
     assert toys.outcomes == {"toy_honest": {Outcome.PASS}, kernel: {Outcome.FAIL}}
     result.stdout.fnmatch_lines(["FAIL*", words])
-    result.stdout.fnmatch_lines([f"Reproduce: pytest 'toys.yaml::toys-{kernel}-*"])
+    result.stdout.fnmatch_lines([f"Reproduce: pytest *'toys.yaml::toys-{kernel}-*"])
     assert "Traceback" not in result.stdout.str()
 
 
@@ -132,7 +141,25 @@ def test_the_reproduce_line_reproduces(toys: Toys) -> None:
         "-p", "harness.plugin", *shlex.split(command)[1:], f"--reports={toys.pytester.path / 'reports'}"
     )
     assert result.ret == 1
-    assert [r.id for r in toys.records] == [shlex.split(command)[1].split("::")[1]]
+    assert f"toys.yaml::{toys.records[0].id}" in shlex.split(command)
+    assert len(toys.records) == 1
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_reproduce_line_names_the_plugin_where_it_is_not_installed(
+    toys: Toys, monkeypatch: pytest.MonkeyPatch, installed: bool
+) -> None:
+    monkeypatch.setattr("harness.session.entry_points", lambda **which: ("harness.plugin",) if installed else ())
+    toys.run("toy_zeros")
+    named = "" if installed else "-p harness.plugin "
+    assert toys.records[0].reproduce.startswith(f"pytest {named}'toys.yaml::toys-toy_zeros-")
+
+
+def test_runs_are_logged_under_the_root_folder_unless_told_otherwise(toys: Toys) -> None:
+    toys.run("toy_honest")
+    shutil.rmtree(toys.pytester.path / "reports")
+    toys.pytester.runpytest_inprocess("-p", "harness.plugin", "toys.yaml", f"--kernels={KERNELS}")
+    assert len(toys.records) == 2
 
 
 def test_unsupported_is_neither_a_pass_nor_a_skip(toys: Toys) -> None:
@@ -142,6 +169,41 @@ def test_unsupported_is_neither_a_pass_nor_a_skip(toys: Toys) -> None:
     assert sorted(outcomes) == [Outcome.PASS] * 2 + [Outcome.UNSUPPORTED] * 2
     result.stdout.fnmatch_lines(["2 passed, 2 unsupported (toy_honest: noncausal), 0 blind.*"])
     result.stdout.no_fnmatch_line("*skipped*")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((), "toys*4 cases*pairs 100 %*"),
+        (("-k", "s1"), "toys*2 of 4 cases*pairs 50 %*"),
+        (("--where", "data_seed == 1"), "toys*2 of 4 cases*pairs 50 %*"),
+        (("-n", "1", "-k", "s1"), "toys*2 of 4 cases*pairs 50 %*"),
+    ],
+)
+def test_a_run_of_some_cases_claims_no_more_than_they_cover(toys: Toys, options: tuple[str, ...], words: str) -> None:
+    result = toys.run("toy_honest", *options, axes="page_size: [16, 32]", tier="{cover: 2}", isolated="-n" in options)
+    assert result.ret == 0
+    result.stdout.fnmatch_lines([words])
+
+
+def test_a_run_that_stops_at_the_first_failure_claims_no_more_than_it_ran(toys: Toys) -> None:
+    result = toys.run("toy_zeros", "-x", axes="page_size: [16, 32]", tier="{cover: 2}")
+    assert result.ret == 1
+    result.stdout.fnmatch_lines(["toys*1 of 4 cases*pairs 25 %*"])
+
+
+def test_one_case_by_its_id_claims_no_more_than_it_covers(toys: Toys) -> None:
+    toys.run("toy_honest", axes="page_size: [16, 32]", tier="{cover: 2}")
+    one = f"toys.yaml::{toys.records[0].id}"
+    reports = f"--reports={toys.pytester.path / 'reports'}"
+    result = toys.pytester.runpytest_inprocess("-p", "harness.plugin", one, f"--kernels={KERNELS}", reports)
+    result.stdout.fnmatch_lines(["toys*1 of 4 cases*pairs 25 %*"])
+
+
+def test_a_value_that_no_kernel_takes_is_said_beside_the_coverage(toys: Toys) -> None:
+    result = toys.run("toy_honest", axes="causal: [true, false]", tier="{cover: 2}")
+    assert result.ret == 0
+    result.stdout.fnmatch_lines(["toys*2 cases*pairs 100 %, unsupported: causal false*"])
 
 
 EXPECT = """
@@ -229,7 +291,7 @@ def test_a_run_that_cannot_read_its_matrix_does_not_leave_an_older_run_as_the_la
 def test_a_matrix_whose_first_key_is_misspelt_does_not_vanish(toys: Toys) -> None:
     folder = toys.pytester.path / "sweeps"
     folder.mkdir()
-    text = MATRIX.format(kernels="toy_honest", axes="", expect="")
+    text = MATRIX.format(kernels="toy_honest", axes="", expect="", tier="full")
     (folder / "good.yaml").write_text(text)
     (folder / "bad.yaml").write_text(text.replace("matrix: toys", "matirx: toys2"))
     result = toys.pytester.runpytest_inprocess("-p", "harness.plugin", str(folder), f"--kernels={KERNELS}")

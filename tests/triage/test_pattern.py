@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -158,6 +159,15 @@ def test_a_short_row_is_not_called_the_partial_tile_of_a_long_one() -> None:
     assert explain(mask, case)["rows"]["seen"] == ["only prefill rows are wrong: 1 of 1", "only sequence 1 is wrong"]
 
 
+def test_every_wrong_element_zero_is_said() -> None:
+    mask = blank()
+    mask[:, 1:] = True  # heads of which only the first is computed
+    wrong = found(mask)
+    for num_zero, said in ((wrong.num_mismatched, True), (wrong.num_mismatched - 1, False)):
+        rows = explain_mismatch(CASE, Findings((replace(wrong, num_zero=num_zero),)))["rows"]
+        assert ("every wrong element is exactly 0" in rows.get("seen", [])) is said
+
+
 def test_every_wrong_element_unwritten_or_nan_is_said() -> None:
     mask = blank()
     mask[3] = True
@@ -168,6 +178,30 @@ def test_every_wrong_element_unwritten_or_nan_is_said() -> None:
     rows = explain(mask, nan=2)["rows"]
     assert rows["of these"] == ["2 NaN"]
     assert not any("every wrong element" in text for text in rows["seen"])
+
+
+def test_hints_of_out_and_lse_are_not_mixed() -> None:
+    mask = blank()
+    mask[:, 8:12] = True  # kv head 2
+    lse = torch.zeros(ROWS.num_tokens, 16, dtype=torch.bool)
+    lse[:, 4:8] = True  # kv head 1
+    seen = explain(mask, lse=lse)["rows"]["seen"]
+    assert seen == ["out: only kv head 2 is wrong, 4 of its 4 heads", "lse: only kv head 1 is wrong, 4 of its 4 heads"]
+    same = explain(mask, lse=mask.any(dim=2))["rows"]["seen"]
+    assert same == ["only kv head 2 is wrong, 4 of its 4 heads"]
+    right = explain(mask, lse=torch.zeros_like(lse))["rows"]["seen"]
+    assert right == ["only kv head 2 is wrong, 4 of its 4 heads", "the LSE is within its tolerance everywhere"]
+
+
+def test_kinds_of_fault_name_the_tensor_they_are_in() -> None:
+    mask, lse = blank(), torch.zeros(ROWS.num_tokens, 16, dtype=torch.bool)
+    mask[0], lse[0, :3] = True, True
+    wrong = found(mask), found(lse, "lse", nan=3)
+    rows = explain_mismatch(CASE, Findings(wrong))["rows"]
+    assert rows["of these"] == ["3 NaN in lse"]
+    assert rows["not"] == ["Inf, unwritten"]
+    assert "lse: every wrong element is NaN" in rows["seen"]
+    assert not any(line.endswith("every wrong element is NaN") and not line.startswith("lse") for line in rows["seen"])
 
 
 def test_lse_alone_is_described_in_tokens_and_heads() -> None:
@@ -194,7 +228,9 @@ def test_violations_come_without_wrong_elements_too() -> None:
     explanation = explain_mismatch(CASE, Findings((found(blank()),), ("the kernel changed k_cache",)))
     assert explanation["rows"]["violates"] == ["the kernel changed k_cache"]
     assert explanation["summary"] == "the kernel changed k_cache"
-    assert explanation["shape"] == "violates"
+    assert explanation["shape"] == "violates: the kernel changed k_cache"
+    other = explain_mismatch(CASE, Findings((found(blank()),), violations=("the kernel changed 3 elements",)))
+    assert other["shape"] == "violates: the kernel changed # elements"
 
 
 def test_infinite_errors_are_plain_data() -> None:

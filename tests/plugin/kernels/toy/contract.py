@@ -46,7 +46,9 @@ KERNELS = (
     replace(_toy("illegal", "stores where nothing is mapped"), entry="on_device.py:illegal", needs=("triton",)),
     replace(_toy("asserting", "fails a device assert"), entry="on_device.py:asserting", needs=("triton",)),
     replace(_toy("endless", "does not end on the device"), entry="on_device.py:endless", needs=("triton",)),
+    _toy("careless", "right, and leaves torch with other settings"),
     replace(_toy("broken", "does not exist"), entry="no_such_file.py:launch"),
+    replace(_toy("rude", "right, and leaves torch with other settings when imported"), entry="rude.py:honest"),
     replace(
         _toy("honest", "right, and declared to round P to bfloat16, which it does not"),
         name="toy_loose",

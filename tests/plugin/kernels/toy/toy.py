@@ -120,3 +120,10 @@ def stumbling(args: LaunchArguments) -> None:
 
 def exiting(args: LaunchArguments) -> None:
     os._exit(3)
+
+
+def careless(args: LaunchArguments) -> None:
+    torch.manual_seed(0)
+    honest(args)
+    torch.set_default_dtype(torch.float64)
+    torch.set_grad_enabled(False)
