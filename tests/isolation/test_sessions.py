@@ -94,7 +94,7 @@ def test_isolate_without_workers_is_refused(toys: Toys) -> None:
 
 @pytest.mark.parametrize("mode", ["loadgroup", "loadscope", "loadfile", "each"])
 def test_modes_that_lose_cases_are_refused(toys: Toys, mode: str) -> None:
-    toys.pytester.makefile(".yaml", toys=MATRIX.format(kernels="toy_honest", axes="", expect="", tier="smoke"))
+    toys.pytester.makefile(".yaml", toys=MATRIX.format(kernels="toy_honest", axes="", expect="", tier="full"))
     arguments = ["-p", "harness.plugin", "toys.yaml", f"--kernels={KERNELS}", "-n2", f"--dist={mode}"]
     result = toys.pytester.runpytest_inprocess(*arguments)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
