@@ -181,9 +181,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser(__doc__ or "")
     options.add_argument("--runs", type=int, help="runs (default: 2000 on a CPU, 5000 on a GPU; 60 with --quick)")
     options.add_argument("--workers", type=int, help="processes (default: 1 with --quick, else 2, or 8 on a GPU)")
+    options.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
     options.add_argument("--only", type=int, metavar="INDEX", help="repeat one run and print all there is to know")
     chosen = options.parse_args(arguments)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = chosen.device or ("cuda" if torch.cuda.is_available() else "cpu")
     count = chosen.runs or (60 if chosen.quick else DEFAULT_RUNS[device])
     runs = range(count) if chosen.only is None else range(chosen.only, chosen.only + 1)
     usual = 8 if device == "cuda" else 2

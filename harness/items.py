@@ -37,8 +37,14 @@ def is_matrix(path: Path) -> bool:
     """
     if path.suffix not in _YAML or path.name == SHARED_ROWS:
         return False
-    beside = (other for other in path.parent.iterdir() if other.suffix in _YAML and other.is_file())
-    return any(_MATRIX_KEY.search(other.read_text(encoding="utf-8", errors="replace")) for other in beside)
+    return any(has_matrix(other) for other in path.parent.iterdir())
+
+
+def has_matrix(path: Path) -> bool:
+    """Whether a file is YAML with the key of a matrix."""
+    if path.suffix not in _YAML or not path.is_file():
+        return False
+    return _MATRIX_KEY.search(path.read_text(encoding="utf-8", errors="replace")) is not None
 
 
 def matrix_files(paths: Iterable[Path]) -> list[Path]:
@@ -99,7 +105,7 @@ class MatrixItem(pytest.Item):
 
     def runtest(self) -> None:
         verdict = self._verdict()
-        self.record = self.facts.make_record(self.case, self.line, self.name, self.path, verdict)
+        self.record = self.facts.make_record(self.case, self.line, self.path, verdict)
         self.user_properties.append(("outcome", verdict.outcome.value))
         if verdict.err_over_tol is not None:
             self.user_properties.append(("err_over_tol", verdict.err_over_tol))
@@ -113,8 +119,16 @@ class MatrixItem(pytest.Item):
         from harness.triage.explain import explain_error
 
         facts = self.facts
+        contract = facts.kernels[self.case.kernel]
+        tool = self.config.getoption("--sanitize")
         try:
-            verdict = run_case(self.case, facts.kernels[self.case.kernel], facts.options_for(self.matrix))
+            if tool:
+                from harness.isolation.sanitizer import sanitized
+
+                plain = facts.make_record(self.case, self.line, self.path, Verdict(Outcome.PASS, "")).reproduce
+                verdict = sanitized(facts, plain, contract.launches, tool)
+            else:
+                verdict = run_case(self.case, contract, facts.options_for(self.matrix))
         except Exception as error:  # noqa: BLE001  the harness is at fault: recorded as ERROR, with its trace
             return Verdict(Outcome.ERROR, f"{type(error).__name__}: {error}", explanation=explain_error(error))
         if self.expectation is None:

@@ -6,6 +6,7 @@ attnreg is never turned into a skip.
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Generator, MutableMapping, Sequence
@@ -14,10 +15,14 @@ from pathlib import Path
 import pytest
 
 from harness.errors import AttnregError, UsageError
+from harness.isolation.isolate import isolate
+from harness.isolation.sanitizer import TOOLS
 from harness.items import MatrixFile, MatrixItem, is_matrix
 from harness.matrix import TIERS
 from harness.reporting import COVERAGE, Reporting
 from harness.session import SESSION, Session
+
+WHERE = pytest.StashKey[str]()  # where cases run, in words for the header
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,7 +38,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--plant", metavar="NAME", help="inject a fault into the set-up; 'list' lists them")
     group.addoption("--no-contract-checks", action="store_true", help="launch even what violates the contract")
     group.addoption("--no-access-trace", action="store_true", help="do not trace what interpreted kernels read")
+    group.addoption(
+        "--case-timeout", metavar="SECONDS", help="end a case that takes longer: TIMEOUT (default: 300; 0: no limit)"
+    )
+    group.addoption("--twice", action="store_true", help="launch each case once more, in another order: equal bits")
+    group.addoption("--isolate", action="store_true", help="a fresh process for each case; needs workers (not -n 0)")
+    group.addoption(
+        "--sanitize",
+        choices=TOOLS,
+        help="run one case under that tool of compute-sanitizer",
+    )
+    for name in ("--buffer-map", "--fault"):  # of processes that attnreg starts: where they leave addresses
+        group.addoption(name, metavar="FILE", help=argparse.SUPPRESS)
     group.addoption("--reports", metavar="DIR", help="where run logs go (default: reports/ of pytest's root folder)")
+    parser.addini("case_timeout", "seconds a case may take, 0 for no limit", default="300")
 
 
 def share_cores(environ: MutableMapping[str, str], cores: int) -> None:
@@ -55,11 +73,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
             if not torch.cuda.is_available():
                 raise UsageError("--device cuda: torch finds no CUDA or ROCm device here")
+        where = isolate(session)
     except AttnregError as error:
         raise pytest.UsageError(str(error)) from None
-    config.stash[SESSION] = session
+    config.stash[SESSION], config.stash[WHERE] = session, where
     if not session.is_worker:
         config.pluginmanager.register(Reporting(session), "attnreg-reporting")
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    return f"attnreg: {where}" if (where := config.stash[WHERE]) else None
 
 
 def pytest_cmdline_main(config: pytest.Config) -> int | None:
@@ -81,6 +104,12 @@ def pytest_deselected(items: Sequence[pytest.Item]) -> None:
     for item in items:
         if isinstance(item, MatrixItem):
             item.facts.narrowed = True
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: Sequence[pytest.Item]) -> None:
+    if config.getoption("--sanitize") and len(items) > 1:
+        raise pytest.UsageError(f"--sanitize takes one case, and {len(items)} are selected: name one id")
 
 
 @pytest.hookimpl(wrapper=True)

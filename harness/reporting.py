@@ -1,18 +1,20 @@
 """The controller's side of a session: the run log and what the terminal shows.
 
-Invariant: registered in the controller only; each record is written the moment it arrives; a case whose worker died
-leaves a CRASH record all the same. Nothing is computed here.
+Invariant: registered in the controller only; each record is written the moment it arrives; a case that was selected and
+left none is ERROR in the end, unless the run was told to stop early, which it then says. Nothing is computed here.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from harness.errors import AttnregError
+from harness.items import MatrixItem
 from harness.run.outcome import Outcome, Verdict
 from harness.session import Session
 from harness.store.environment import environment
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from harness.matrix import Expansion
     from harness.report.summary import CoverageLine
 
+_YAML = (".yaml", ".yml")
 COVERAGE = "attnreg_coverage"
 _LETTERS = {Outcome.UNSUPPORTED: "u", Outcome.XFAIL: "x", Outcome.ELEVATED: "e"}
 
@@ -36,34 +39,79 @@ class Reporting:
         self.records: list[Record] = []
         self.log: RunLog | None = None
         self.nothing_ran = ""  # why, where no case was run
+        self.selected: dict[str, None] = {}  # node ids of cases, in their order
+        self.reported: set[str] = set()  # those that have a record
+        self.unreadable = 0  # matrices
+        self.left_out = ""  # how many cases were not run, where the run was told to stop
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         """A run whose matrices cannot be read is the latest run too: an older, green one must not stand for it."""
-        if report.failed and report.nodeid.endswith((".yaml", ".yml")):
+        if report.failed and report.nodeid.endswith(_YAML):
+            self.unreadable += 1
             self._open_log()
 
-    def pytest_runtest_logstart(self, nodeid: str) -> None:
+    def pytest_runtest_logstart(self, location: tuple[str, int | None, str]) -> None:
         """From the first case on this is the latest run, even if it ends before that case has a record."""
-        if nodeid.partition("::")[0].endswith((".yaml", ".yml")):
+        if location[0].endswith(_YAML):
             self._open_log()
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.selected |= dict.fromkeys(item.nodeid for item in session.items if isinstance(item, MatrixItem))
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids: Sequence[str]) -> None:
+        self.selected |= dict.fromkeys(nodeid for nodeid in ids if _is_case(nodeid))
+        if self.unreadable and not self.session.config.getoption("--continue-on-collection-errors"):
+            errors = "1 error" if self.unreadable == 1 else f"{self.unreadable} errors"
+            raise pytest.Session.Interrupted(f"{errors} during collection")  # as without workers
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        record = self._record_of(report)
-        if record is None:
-            return
+        line = getattr(report, "attnreg", None)
+        if line is not None and report.nodeid not in self.reported:
+            self._keep(report.nodeid, Record.from_json(line))
+        elif report.failed and _is_case(report.nodeid) and report.nodeid not in self.reported:
+            self._lose(report.nodeid, report.longreprtext.strip().splitlines()[-1:])
+
+    def _keep(self, nodeid: str, record: Record) -> None:
+        self.reported.add(nodeid)
         self._open_log().write(record)
         self.records.append(record)
+
+    def _lose(self, nodeid: str, why: Sequence[str]) -> None:
+        """A case that was selected has no verdict: that is a fault of the harness, and is recorded as one."""
+        try:
+            found = self.session.find_case(nodeid)
+        except AttnregError:
+            return  # another plugin's item
+        verdict = Verdict(Outcome.ERROR, ": ".join(("lost: it was selected and left no record", *why)))
+        self._keep(nodeid, self.session.make_record(found.case, found.line, found.path, verdict))
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Neither a run in which nothing ran is green, nor one under a numerics profile too loose to test anything."""
         if self.session.config.getoption("--collect-only"):
             return
+        self._account(session)
         decisive = self.session.tier in DECISIVE_TIERS and self.session.plant is None
         self.nothing_ran = self._nothing_ran(int(session.exitstatus))
         if self.nothing_ran:
             session.exitstatus = pytest.ExitCode.USAGE_ERROR
         elif decisive and session.exitstatus == pytest.ExitCode.OK and not_tight(self.records):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def _account(self, session: pytest.Session) -> None:
+        """Every case that was selected has a record, or the run was told to stop before it."""
+        lost = [nodeid for nodeid in self.selected if nodeid not in self.reported]
+        if not lost:
+            return
+        if session.shouldfail or session.shouldstop or session.exitstatus == pytest.ExitCode.INTERRUPTED:
+            why = session.shouldfail or session.shouldstop or "the run was interrupted"
+            self.left_out = f"{len(lost)} of {len(self.selected)} cases were not run: {why}"
+            return
+        for nodeid in lost:
+            self._lose(nodeid, ())
+        if session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def _nothing_ran(self, status: int) -> str:
@@ -110,6 +158,8 @@ class Reporting:
         )
         terminalreporter.ensure_newline()
         writer.write(text)
+        if self.left_out:
+            terminalreporter.write_line(self.left_out, red=True)
         if self.nothing_ran:
             terminalreporter.write_line(f"ERROR: {self.nothing_ran}", red=True)
 
@@ -172,19 +222,8 @@ class Reporting:
             options={"tier": self.session.tier, **self.session.reproduce_options},
         )
 
-    def _record_of(self, report: pytest.TestReport) -> Record | None:
-        line = getattr(report, "attnreg", None)
-        if line is not None:
-            return Record.from_json(line)
-        # how pytest-xdist reports the case that took its worker down
-        return self._crashed(report) if str(report.when) == "???" else None
 
-    def _crashed(self, report: pytest.TestReport) -> Record | None:
-        shown, _, name = report.nodeid.partition("::")
-        path = self.session.config.rootpath / shown
-        try:
-            case, line = self.session.find_case(path, name)
-        except AttnregError:
-            return None  # not a case of ours
-        verdict = Verdict(Outcome.CRASH, str(report.longrepr).strip().splitlines()[-1])
-        return self.session.make_record(case, line, name, path, verdict)
+def _is_case(nodeid: str) -> bool:
+    """Whether a node id may be that of a case; one outside the root folder is without its file."""
+    path, separator, _ = nodeid.partition("::")
+    return bool(separator) and (not path or path.endswith(_YAML))

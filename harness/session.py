@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import datetime
 import functools
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -37,6 +38,16 @@ PLUGIN = "harness.plugin"
 PROJECT = Path(__file__).resolve().parents[1]
 
 
+@dataclass(frozen=True)
+class Found:
+    """A case, and where it is written."""
+
+    case: Case
+    line: int
+    path: Path
+    matrix: Matrix
+
+
 @dataclass
 class Session:
     config: pytest.Config
@@ -46,6 +57,7 @@ class Session:
     num_deselected: int = 0  # by --where or --plant
     narrowed: bool = False  # by pytest's own selection
     expanded: dict[Path, tuple[Matrix, Expansion]] = field(default_factory=dict)
+    _found: dict[Path, dict[str, Found]] = field(default_factory=dict)  # cases by path and id, once asked for
 
     @classmethod
     def from_config(cls, config: pytest.Config) -> Session:
@@ -69,6 +81,19 @@ class Session:
     def reports(self) -> Path:
         chosen = self.config.getoption("--reports")
         return Path(chosen) if chosen else self.config.rootpath / "reports"
+
+    @property
+    def case_timeout(self) -> float:
+        """Seconds that a case may take, 0 for no limit. Raises UsageError."""
+        given = self.config.getoption("--case-timeout")
+        text = str(self.config.getini("case_timeout") if given is None else given)
+        try:
+            seconds = float(text)
+        except ValueError:
+            seconds = math.nan
+        if not 0 <= seconds < math.inf:
+            raise UsageError(f"--case-timeout: expected seconds (0: no limit), got '{text}'")
+        return seconds
 
     @property
     def worker(self) -> str:
@@ -102,32 +127,45 @@ class Session:
                 matrix.source.add(Mistake(Span(expectation.line, 1), what))
         matrix.source.finish()
 
-    def find_case(self, path: Path, wanted: str) -> tuple[Case, int]:
-        """Case and line of an id in the matrix at `path`. Raises MatrixError, or UsageError where there is none."""
-        _, expansion = self.expand(path)
-        for case, line in zip(expansion.cases, expansion.lines, strict=True):
-            if case_id(case) == wanted:
-                return case, line
-        raise UsageError(f"{path}: no case '{wanted}' in tier {self.tier}")
+    def find_case(self, nodeid: str) -> Found:
+        """The case that pytest calls `nodeid`. Raises MatrixError, or UsageError where there is none."""
+        shown, _, wanted = nodeid.partition("::")
+        for path in self._places(shown):
+            if path not in self._found:
+                matrix, expansion = self.expand(path)
+                cases = zip(expansion.cases, expansion.lines, strict=True)
+                self._found[path] = {case_id(case): Found(case, line, path, matrix) for case, line in cases}
+            if wanted in self._found[path]:
+                return self._found[path][wanted]
+        raise UsageError(f"{nodeid}: no such case in tier {self.tier}")
 
-    def make_record(self, case: Case, line: int, name: str, path: Path, verdict: Verdict) -> Record:
-        """The record of one case, with the command that runs it again."""
+    def _places(self, shown: str) -> Iterator[Path]:
+        """The files that a node id may begin with: relative to the root, or else to what pytest was asked to run."""
+        given = (self.config.invocation_params.dir / arg.partition("::")[0] for arg in self.config.args)
+        asked = (path / shown if path.is_dir() else path for path in given)
+        yield from (path for path in (self.config.rootpath / shown, *asked) if path.is_file())
+
+    def make_record(self, case: Case, line: int, path: Path, verdict: Verdict, worker: str = "") -> Record:
+        """The record of one case, with the command that runs it again. worker: who ran it, if not this process."""
         from harness.store.record import Record
         from harness.triage.reproduce import reproduce_line
 
-        shown = os.path.relpath(path, self.config.rootpath)
+        name, shown = case_id(case), os.path.relpath(path, self.config.rootpath)
         own_seeds = {"geometry": case.geometry_seed, "data": case.data_seed}
+        given = {seed: self.config.getoption(f"--{seed}-seed") for seed in own_seeds}
+        seeds = verdict.seeds or {seed: own if given[seed] is None else given[seed] for seed, own in own_seeds.items()}
         command = reproduce_line(
-            shown,
-            name,
-            self.tier,
-            verdict.seeds,
-            self.reproduce_options,
-            default_seeds=own_seeds,
-            plugin=self.named_plugin,
+            shown, name, self.tier, seeds, self.reproduce_options, default_seeds=own_seeds, plugin=self.named_plugin
         )
         return Record.of(
-            case, verdict, id=name, matrix_path=shown, line=line, tier=self.tier, worker=self.worker, reproduce=command
+            case,
+            replace(verdict, seeds=seeds),
+            id=name,
+            matrix_path=shown,
+            line=line,
+            tier=self.tier,
+            worker=worker or self.worker,
+            reproduce=command,
         )
 
     def unsupported(self, case: Case) -> str | None:
@@ -160,6 +198,8 @@ class Session:
             plant=self.plant or NO_PLANT,
             data_seed=self.config.getoption("--data-seed"),
             geometry_seed=self.config.getoption("--geometry-seed"),
+            twice=self.config.getoption("--twice"),
+            buffer_map=Path(chosen) if (chosen := self.config.getoption("--buffer-map")) else None,
         )
 
     def options_for(self, matrix: Matrix) -> Options:
@@ -181,10 +221,18 @@ class Session:
         return {
             "device": None if device == "auto" else device,
             "plant": self.config.getoption("--plant"),
-            "kernels": self.config.getoption("--kernels"),
+            "kernels": [self._from_root(folder) for folder in self.config.getoption("--kernels")],
             "no_contract_checks": self.config.getoption("--no-contract-checks"),
             "no_access_trace": self.config.getoption("--no-access-trace"),
+            "twice": self.config.getoption("--twice"),
+            "case_timeout": self.config.getoption("--case-timeout"),
         }
+
+    def _from_root(self, folder: str) -> str:
+        """A folder as it was given, for a command that is run from the root folder."""
+        if Path(folder).is_absolute():
+            return folder
+        return os.path.relpath(self.config.invocation_params.dir / folder, self.config.rootpath)
 
 
 SESSION = pytest.StashKey[Session]()

@@ -41,6 +41,7 @@ RULES: dict[str, tuple[str, ...]] = {  # folder: what none of its modules may im
     "harness/report": ("torch", "harness.oracle", "harness.problem", "harness.cache", "harness.kernel", "pytest"),
     "harness/store": ("torch", "harness.oracle", "harness.report", "pytest", "rich"),
     "harness/interpreter": ("harness.kernel", "harness.oracle", "harness.run", "pytest", "rich"),
+    "harness/isolation": ("torch", "triton", "rich", "harness.oracle", "harness.problem", "harness.cache"),
     "harness/matrix": ("torch", "triton", "harness.run", "harness.oracle", "harness.cache", "pytest", "rich"),
 }
 

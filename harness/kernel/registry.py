@@ -84,7 +84,7 @@ def _package(folder: Path) -> str:
     return name
 
 
-def _told(error: Exception) -> str:
+def _told(error: BaseException) -> str:
     """What an import raised, without the names of our private packages."""
     return f"{type(error).__name__}: {re.sub(_PACKAGE + r'(_[0-9a-f]+)?[.]', '', str(error))}"
 
@@ -129,9 +129,9 @@ def load_entry(contract: Contract) -> Launcher:
         where = f"{_package(contract.folder.parent)}.{contract.folder.name}.{where.removesuffix('.py')}"
     try:
         module, changed = _imported(where)
-    except AttnregError:
+    except (AttnregError, KeyboardInterrupt):
         raise
-    except Exception as error:  # importing a kernel runs its code: what it raises is the kernel's failure
+    except BaseException as error:  # importing a kernel runs its code: what it raises is the kernel's failure
         raise KernelRaised(f"'{contract.entry}' cannot be imported: {_told(error)}") from error
     if changed:
         raise KernelRaised(f"importing '{contract.entry}' changed torch's {changed[0]} and left it so")

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 
@@ -25,9 +26,10 @@ from harness.errors import (
     first_line,
 )
 from harness.interpreter import prepare
+from harness.kernel.buffer_map import write_buffer_map
 from harness.kernel.contract import Contract
 from harness.kernel.failures import memory_shortage
-from harness.kernel.launch import LaunchResult, launch
+from harness.kernel.launch import LaunchResult, input_tensors, launch
 from harness.kernel.registry import code_home, load_entry
 from harness.oracle.findings import AccessFindings
 from harness.oracle.finer import finer_tolerance
@@ -44,6 +46,7 @@ from harness.run.outcome import Outcome, Verdict
 from harness.run.plant import NO_PLANT, Plant
 from harness.run.reference import attend_as, reference_inputs
 from harness.run.setup import Setup, build_arguments, check_setup
+from harness.run.twice import with_second_launch
 from harness.run.twin import with_noise_floor
 from harness.triage.bar_codes import decode_bar_codes
 from harness.triage.explain import explain_mismatch, explain_setup_bug, with_row
@@ -64,6 +67,8 @@ class Options:
     geometry_seed: int | None = None
     demand: Demand = NO_DEMAND  # what the matrix demands to be seen
     access_trace: bool = True  # of interpreted kernels; compiled ones cannot be traced
+    buffer_map: Path | None = None  # where the addresses of the buffers are written before the launch
+    twice: bool = False  # launch once more in another order of programs, and compare bits
     noise_floor: str = "off"  # off | report | fail: whether errors are compared with those of a case's twin
 
 
@@ -115,14 +120,28 @@ def run_case(case: Case, contract: Contract, options: Options) -> Verdict:
         if shortage := memory_shortage(error):
             phase = [*watch.seconds][-1] if watch.seconds else "start"  # it ended in this one
             verdict = Verdict(Outcome.OUT_OF_MEMORY, f"attnreg ran out of {shortage} (in phase {phase})")
-        elif isinstance(error, torch.AcceleratorError):
+        elif isinstance(error, torch.AcceleratorError) or context_error(device):
             verdict = Verdict(Outcome.CRASH, f"the device context died: {first_line(error)}")
         else:
             raise
+    if verdict.outcome is not Outcome.CRASH and (died := context_error(device)):
+        verdict = Verdict(Outcome.CRASH, f"the device context died: {died}; {verdict.reason}".rstrip("; "))
     if verdict.outcome is not Outcome.CRASH:  # a dead device gives nothing back
         release_memory(device)
     seeds = {"geometry": case.geometry_seed, "data": case.data_seed}
     return replace(verdict, seconds=watch.seconds, seeds=seeds, law=law)
+
+
+def context_error(device: torch.device) -> str | None:
+    """What is wrong with the context of a device, or None: a fault of a kernel may show in what follows it only, and
+    then for good."""
+    if device.type == "cpu":
+        return None
+    try:
+        torch.ones(1, device=device).item()
+    except RuntimeError as error:
+        return None if memory_shortage(error) else first_line(error)
+    return None
 
 
 def release_memory(device: torch.device) -> None:
@@ -184,6 +203,9 @@ def _launched(contract: Contract, setup: Setup, options: Options, watch: Stopwat
                 explanation = explain_unseen(seen, contract, options.demand, watch.device)
                 return Verdict(Outcome.BLIND, explanation["summary"], explanation=explanation)
         untraced = untraceable(case, watch.device, asked=options.access_trace)
+        if options.buffer_map is not None:
+            outputs = {output.name: output.tensor for output in setup.outputs}
+            write_buffer_map(options.buffer_map, {**input_tensors(setup.args), **outputs})
         with watch.phase("launch"):
             result = launch(
                 contract,
@@ -199,6 +221,10 @@ def _launched(contract: Contract, setup: Setup, options: Options, watch: Stopwat
             access = judge_launch(contract, setup, result, untraced)
         with watch.phase("judge"):
             verdict = _verdict(contract, setup, inputs, reference, allowed, result, access)
+        if options.twice and verdict.outcome is Outcome.PASS:
+            with watch.phase("again"):
+                seed = case.geometry_seed + 1
+                verdict = with_second_launch(verdict, contract, setup, options.plant, launcher, seed=seed)
         if options.noise_floor == "off" or verdict.outcome is not Outcome.PASS:
             return verdict
         with watch.phase("twin"):

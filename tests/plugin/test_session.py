@@ -31,6 +31,11 @@ tiers:
 {expect}
 """
 
+FEW = """
+constraints:
+  - {require: "data_seed == 0 or kernel == 'toy_honest'", because: one of each kind will do}
+"""
+
 
 class Toys:
     """Runs matrices over the toy kernels in a session of their own."""
@@ -60,7 +65,7 @@ class Toys:
         ]
         if isolated:
             return self.pytester.runpytest_subprocess(*arguments)
-        return self.pytester.runpytest_inprocess(*arguments)
+        return self.pytester.runpytest_inprocess(*arguments, "-n0")  # workers cost seconds
 
     @property
     def records(self) -> list[Record]:
@@ -118,6 +123,14 @@ def test_a_faulty_kernel_is_red_and_says_why(toys: Toys, kernel: str, words: str
     result.stdout.fnmatch_lines(["FAIL*", words])
     result.stdout.fnmatch_lines([f"Reproduce: pytest *'toys.yaml::toys-{kernel}-*"])
     assert "Traceback" not in result.stdout.str()
+
+
+@pytest.mark.parametrize("kernel", ["toy_hungry", "toy_gorging"])
+def test_memory_that_is_not_to_be_had_is_a_failure_of_its_own(toys: Toys, kernel: str) -> None:
+    result = toys.run(kernel)
+    assert result.ret == 1
+    assert toys.outcomes == {kernel: {Outcome.OUT_OF_MEMORY}}
+    result.stdout.fnmatch_lines(["2 out of memory, 0 passed, 0 blind.*"])
 
 
 def test_the_reproduce_line_reproduces(toys: Toys) -> None:
@@ -301,10 +314,10 @@ def test_an_expectation_that_meets_nothing_is_an_error(toys: Toys, where: str, u
 
 
 def test_a_case_that_takes_its_worker_down_costs_no_other_case(toys: Toys) -> None:
-    result = toys.run("toy_honest, toy_exiting", "-n", "2", isolated=True)
+    result = toys.run("toy_honest, toy_exiting", "-n", "2", "--dist=worksteal", expect=FEW, isolated=True)
     assert result.ret == 1
     assert toys.outcomes == {"toy_honest": {Outcome.PASS}, "toy_exiting": {Outcome.CRASH}}
-    assert len(toys.records) == 4
+    assert len(toys.records) == 3
     result.stdout.fnmatch_lines(["CRASH*toys-toy_exiting-*"])
 
 
@@ -328,7 +341,7 @@ def test_a_kernel_that_changes_its_input_is_not_called_wrong_for_it(toys: Toys) 
 def test_a_run_that_dies_in_its_first_case_is_the_latest_run_all_the_same(toys: Toys) -> None:
     toys.run("toy_honest")
     assert len(toys.records) == 2
-    toys.run("toy_exiting", isolated=True)
+    toys.run("toy_exiting", "-n", "0", isolated=True)
     assert toys.records == []
 
 

@@ -90,11 +90,13 @@ def test_planted_uniform_data_cannot_see_a_k_descale(
     assert row.unseen == {"k_descale": 0.0}
     assert row.laws == {"k_descale": "normal"}
     assert row.advice == "data: normal for k_descale"
-    result = pytester.runpytest_inprocess("-p", "harness.plugin", str(path), f"--reports={tmp_path / 'reports'}")
+    result = pytester.runpytest_inprocess(
+        "-p", "harness.plugin", "--device=cpu", str(path), f"--reports={tmp_path / 'reports'}"
+    )
     assert result.ret == 1
     result.stdout.fnmatch_lines(["BLIND*planted-torch_sdpa_paged-*", "*cannot see*k_descale*(0 of tolerance)*"])
     result.stdout.fnmatch_lines(["*data: normal for k_descale*"])
-    off = ["--no-contract-checks", f"--reports={tmp_path / 'reports'}"]
+    off = ["--device=cpu", "--no-contract-checks", f"--reports={tmp_path / 'reports'}"]
     assert pytester.runpytest_inprocess("-p", "harness.plugin", str(path), *off).ret == 0
 
 

@@ -6,14 +6,19 @@ import functools
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import pytest
 import torch
 
 from harness.cache import pool, pool_cpu
 from harness.case import Rows
+from harness.kernel.launch import LaunchResult, launch
+from harness.run import twice
 from harness.run.outcome import Outcome
 from harness.run.plant import PLANTS
 from harness.run.run_case import Options, run_case
@@ -66,6 +71,25 @@ def test_accesses_are_judged_but_where_the_range_is_too_large_and_that_is_said(b
     assert verdict.outcome is Outcome.PASS
     untraced = "not traced: rows of the page table lie too far apart to judge it entry by entry"
     assert verdict.access == (untraced if target == "table" else "traced")
+
+
+@pytest.mark.parametrize(
+    ("target", "apart"), [("kv", {"k_cache", "v_cache"}), ("out", set()), ("table", {"block_table"})]
+)
+def test_a_second_launch_knows_which_addresses_are_no_memory(
+    target: str, apart: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known: list[set[str]] = []
+
+    def spied(*args: Any, pools: Mapping[str, pool.Pool] = MappingProxyType({}), **kwargs: Any) -> LaunchResult:
+        known.append(set(pools))
+        return launch(*args, pools=pools, **kwargs)
+
+    monkeypatch.setattr(twice, "launch", spied)
+    case = probe("unified_paged", "bytes32", boundary_target=target)
+    verdict = run_case(case, KERNELS[case.kernel], Options(device="cpu", twice=True))
+    assert (verdict.outcome, verdict.reason) == (Outcome.PASS, "")
+    assert known == [apart]
 
 
 @pytest.mark.parametrize("plant", ["zero-pool", "decode-token-missing", "index-int64"])

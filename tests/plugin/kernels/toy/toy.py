@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 
@@ -21,8 +22,9 @@ def honest(args: LaunchArguments, dropped: int = 0) -> None:
         k = _tokens(args.k_cache, pages, seq_len, args.k_scale).repeat_interleave(group, 1)
         v = _tokens(args.v_cache, pages, seq_len, args.v_scale).repeat_interleave(group, 1)
         scores = torch.einsum("qhd,khd->hqk", q, k) * args.softmax_scale
-        position = torch.arange(seq_len - len(q), seq_len)
-        seen = torch.arange(seq_len) <= position[:, None] - dropped
+        keys = torch.arange(seq_len, device=q.device)
+        position = keys[seq_len - len(q) :]
+        seen = keys <= position[:, None] - dropped
         p = scores.masked_fill(~seen, float("-inf")).softmax(-1).nan_to_num()
         args.out[starts[seq] : starts[seq + 1]] = torch.einsum("hqk,khd->qhd", p, v)
 
@@ -65,6 +67,55 @@ def skipping(args: LaunchArguments) -> None:
 
 def quitting(args: LaunchArguments) -> None:
     sys.exit(0)
+
+
+def segfaulting(args: LaunchArguments) -> None:
+    ctypes.string_at(0)
+
+
+def fenced(args: LaunchArguments) -> None:
+    page = os.sysconf("SC_PAGE_SIZE")
+    inside = -(-args.v_cache.data_ptr() // page) * page
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(inside), ctypes.c_size_t(page), 0) == 0
+    ctypes.string_at(inside + 8, 1)
+
+
+def aborting(args: LaunchArguments) -> None:
+    os.abort()
+
+
+def spinning(args: LaunchArguments) -> None:
+    while True:
+        pass
+
+
+def hungry(args: LaunchArguments) -> None:
+    bytearray(1 << 62)
+
+
+def gorging(args: LaunchArguments) -> None:
+    torch.empty(1 << 60)
+
+
+litter: list[int] = []  # what stumbling stumbles over: on purpose the state that kernels must not have
+
+
+def littering(args: LaunchArguments) -> None:
+    litter.append(1)
+    honest(args)
+
+
+def wavering(args: LaunchArguments) -> None:
+    litter.append(1)
+    honest(args)
+    if len(litter) % 2:
+        args.out[1, 2, 3] = args.out[1, 2, 3].nextafter(torch.tensor(9.0))
+
+
+def stumbling(args: LaunchArguments) -> None:
+    if litter:
+        ctypes.string_at(0)
+    honest(args)
 
 
 def exiting(args: LaunchArguments) -> None:
