@@ -170,6 +170,7 @@ def _stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
 
 def test_a_case_under_the_tool(toys: Toys, monkeypatch: pytest.MonkeyPatch) -> None:
     _stand_in(toys.pytester.path, monkeypatch, MEMCHECK.replace("0x1200", "ADDRESS"))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # this process interprets, the case may be compiled
     result = toys.run("toy_honest", "--device=auto", "--sanitize=memcheck", "-k", "s1")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     assert toys.outcomes == {"toy_honest": {Outcome.FAIL}}
