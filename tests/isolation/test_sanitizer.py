@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from harness.isolation.alone import Alone
 from harness.isolation.autopsy import Death
@@ -174,7 +175,9 @@ def test_a_case_under_the_tool(toys: Toys, monkeypatch: pytest.MonkeyPatch) -> N
     result = toys.run("toy_honest", "--device=auto", "--sanitize=memcheck", "-k", "s1")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     assert toys.outcomes == {"toy_honest": {Outcome.FAIL}}
-    assert "4 bytes behind v_cache" in toys.records[0].reason
+    assert "read of size 4 bytes in paged_kernel" in toys.records[0].reason
+    if not torch.cuda.is_available():  # there another buffer may begin right behind
+        assert "4 bytes behind v_cache" in toys.records[0].reason
     assert toys.records[0].err_over_tol is not None
     result.stdout.fnmatch_lines(["*memcheck*Invalid __global__ read of size 4 bytes in paged_kernel*"])
 
