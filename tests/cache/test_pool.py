@@ -46,7 +46,6 @@ def test_twelve_gigabytes_of_addresses_over_megabytes_of_memory(device: torch.de
     assert any(int((part != 0xFF).sum()) for part in pool.shared)
 
 
-@pytest.mark.skipif(not pool_cpu.cpu_can_alias(), reason="needs memfd_create")
 def test_a_range_is_unmapped_when_its_last_tensor_is_gone() -> None:
     def mappings() -> int:
         return len(Path("/proc/self/maps").read_text().splitlines())
