@@ -18,6 +18,7 @@ from itertools import groupby
 from pathlib import Path
 
 from harness.errors import AttnregError, UsageError
+from harness.kernel.numerics import UNKNOWN, cost
 from harness.kernel.registry import find_kernels
 from harness.matrix.matrix import TIERS
 from harness.session import PROJECT
@@ -134,6 +135,10 @@ def _kernels(folders: Sequence[Path]) -> int:
     for contract in find_kernels(folders).values():
         sys.stdout.write(f"{contract.name:<30} {contract.content.value:<9} {contract.about}\n")
         sys.stdout.write(f"{'':<30} features: {', '.join(sorted(contract.features))}\n")
+        for dtype in sorted(contract.dtypes):
+            known = " (unknown)" if contract.numerics == UNKNOWN else ""
+            hidden = cost(contract.numerics, dtype) or "nothing is hidden by roundings of P"
+            sys.stdout.write(f"{'':<30} numerics{known}, {dtype}: {hidden}\n")
     return 0
 
 

@@ -21,6 +21,23 @@ tiers: {smoke: full}
 """
 
 
+def test_kernels_say_what_their_roundings_hide(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    family = tmp_path / "mine"
+    family.mkdir()
+    (family / "contract.py").write_text(
+        "from harness.cache.content import Content\n"
+        "from harness.kernel.contract import Contract\n"
+        "from harness.kernel.numerics import UNKNOWN\n"
+        "KERNELS = (Contract(name='guessed', about='a', entry='a.py:launch', content=Content.ALL,"
+        " features=frozenset(), numerics=UNKNOWN),)\n"
+    )
+    assert main(["kernels", f"--kernels={tmp_path}"]) == 0
+    said = capsys.readouterr().out
+    assert "numerics (unknown), bf16: P in bf16: a fault must be 8 times as large as with P in fp16" in said
+    assert "numerics (unknown), fp32: P in TF32: faults smaller than 2^-10 of V pass" in said
+    assert "numerics, fp32: nothing is hidden" in said  # of kernels that declare theirs
+
+
 def test_check_and_kernels_take_folders_of_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     matrix = tmp_path / "toys.yaml"
     matrix.write_text(MATRIX)
