@@ -16,7 +16,7 @@ import triton.language as tl
 from harness.kernel.arguments import LaunchArguments
 
 from .._shared.paged_tile import cache_offsets, key_strides, page_size_of, soft_cap, value_strides, visible
-from .softmax_rows import initial_max_and_sum, rescale, store_rows
+from .._shared.softmax_rows import initial_max_and_sum, rescale, store_rows
 from .split_kv import keys_per_split, split_kv_combine_kernel
 
 # Pointers and sizes differ from case to case: specialising on their alignment or on the value 1 would only multiply
