@@ -87,8 +87,8 @@ FAULTS = {
     "slot within the page": ("slot = position % page_size", "slot = position * 0", Paged()),
     "tail gathered": ("torch.arange(seq_len, device=q.device) - query_pos", (
         "torch.arange(seq_len, device=q.device).clamp(max=5) - query_pos"), Paged()),
-    "slots in dims' place": ("every, slot // x, every, slot % x", "every, slot % (slot.max() // x + 1), every, slot % x", (
-        Paged(layout="vectorized"))),
+    "slots of a vector all alike": ("every, slot // x, every, slot % x", "every, slot // x, every, slot * 0", Paged(
+        layout="vectorized")),
     "list of the first sequence": ("args.kv_page_indices[args.kv_indptr[seq] :]", "args.kv_page_indices", Paged(
         page_table="kv_indices")),
     "gqa modulo": ("k = keys.float().transpose(0, 1).repeat_interleave(gqa_ratio, 0)", (

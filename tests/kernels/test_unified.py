@@ -102,8 +102,8 @@ FAULTS = {
     "page table read behind the row": ("mask=cached, other=0)", "mask=key >= 0, other=0)", Paged(
         query_lens=(5,), context_lens=(30,))),
     "page of the first key": ("table_row + key // page_size", "table_row + key * 0", Paged()),
-    "slots of a vector in dims' place": ("(slot // SLOT_VECTOR) * stride_slot + (slot % SLOT_VECTOR) * stride_slot_lane", (
-        "slot * stride_slot_lane"), Paged(layout="vectorized")),
+    "slots of a vector all alike": ("v_stride_slot_lane, SLOT_VECTOR,\n", "0, SLOT_VECTOR,\n", Paged(
+        layout="vectorized")),
     "list of the first sequence": ("kv_page_indices_ptr + first_entry", "kv_page_indices_ptr", Paged(
         page_table="kv_indices")),
     "length without the last page": ("tl.load(kv_last_page_len_ptr + seq), 0)", "page_size, 0)", Paged(
