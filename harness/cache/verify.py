@@ -29,7 +29,7 @@ from harness.errors import SetupBug
 from harness.problem.problem import Problem
 
 _CHUNK = 1 << 22  # elements at a time
-_AT_ONCE = 1 << 26  # the same of memory that only has to be poison
+_AT_ONCE = 1 << 21  # the same of memory that only has to be poison
 
 
 def verify_cache(problem: Problem, cache: KVCache, content: Content) -> None:
@@ -110,12 +110,13 @@ def _verify_pool(problem: Problem, cache: KVCache, content: Content, which: str)
 
 @dataclass(frozen=True)
 class _Dead:
-    """Elements with memory of their own that are not yet accounted for: stretches of at most _AT_ONCE, by the storage
-    offset of the first and their number; a stretch gets a mask [elements] once some of it is.
+    """Elements with memory of their own that are not yet accounted for: stretches of at most _AT_ONCE, in order, by the
+    storage offset of the first and their number; a stretch gets a mask [elements] once some of it is.
     """
 
     stretches: tuple[tuple[int, int], ...]
-    masks: dict[int, torch.Tensor]  # bool, by the offset of the stretch
+    firsts: torch.Tensor  # int64 [stretches]
+    masks: dict[int, torch.Tensor]  # bool, by number of the stretch
 
     @classmethod
     def of(cls, pool: Pool, tensor: torch.Tensor) -> _Dead:
@@ -123,29 +124,37 @@ class _Dead:
         for first, end in pool.own:
             low, high = (pool.base + first) // size, (pool.base + first) // size + (end - first) // size
             found += [(start, min(_AT_ONCE, high - start)) for start in range(low, high, _AT_ONCE)]
-        return cls(tuple(found), {})
+        return cls(tuple(found), torch.tensor([first for first, _ in found], device=tensor.device), {})
 
     def take(self, offsets: torch.Tensor) -> None:
         """Account for the elements at `offsets`, int64 of any shape."""
-        for first, count in self.stretches:
-            here = offsets - first
-            if len(self.stretches) > 1:
-                here = here[(here >= 0) & (here < count)]
-            if not here.numel():
-                continue
-            if first not in self.masks:
-                self.masks[first] = torch.ones(count, dtype=torch.bool, device=offsets.device)
-            self.masks[first][here] = False
+        flat = offsets.flatten()
+        stretch = torch.bucketize(flat, self.firsts, right=True) - 1  # [elements]
+        for number in stretch.bincount().nonzero()[:, 0].tolist():
+            first, count = self.stretches[number]
+            if number not in self.masks:
+                self.masks[number] = torch.ones(count, dtype=torch.bool, device=flat.device)
+            self.masks[number][flat[stretch == number] - first] = False
 
     def stray(self, flat: torch.Tensor) -> int | None:
         """The first element left that is no poison, in `flat` [elements of the storage]."""
-        for first, count in self.stretches:
-            stray = flat[first : first + count] != POISON_BITS
-            if first in self.masks:
-                stray &= self.masks[first]
+        for number, (first, count) in enumerate(self.stretches):
+            here = flat[first : first + count]
+            if number not in self.masks and _is_poison(here):
+                continue
+            stray = here != POISON_BITS
+            if number in self.masks:
+                stray &= self.masks[number]
             if bool(stray.any()):
                 return first + int(stray.nonzero()[0])
         return None
+
+
+def _is_poison(bits: torch.Tensor) -> bool:
+    """Whether `bits` [elements] of integers, at an address that 8 divides, are all poison: eight bytes at a time."""
+    whole = bits.numel() * bits.element_size() // 8 * 8 // bits.element_size()
+    words = bits[:whole].view(torch.int64)
+    return not bool((words != POISON_BITS).any()) and not bool((bits[whole:] != POISON_BITS).any())
 
 
 @dataclass(frozen=True)
