@@ -18,7 +18,7 @@ ALL_HOLD = "all_hold"
 
 @dataclass(frozen=True)
 class Clause(Generic[Facts]):
-    """One condition. Its name is also that of the branch on which it is the first not to hold; `fails` says it
+    """One condition. Its name is also that of the branch on which it is the first not to hold; `fails` says it.
 
     A clause of the machine is one that no case can change (an architecture, a setting of the engine).
     """
