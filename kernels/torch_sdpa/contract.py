@@ -18,7 +18,7 @@ KERNELS: tuple[Contract, ...] = (
         entry="torch_sdpa_paged.py:launch",
         content=Content.ALL,
         features=_FEATURES,
-        descales=frozenset({"per_tensor", "one", "quiet", "loud"}),
+        descales_per=frozenset({"tensor", "page"}),
         returns_lse=False,  # the public function returns none
         numerics=NumericsProfile(kv_dequant="round_to_q", p_dtype="fp32", mma="simt"),
     ),

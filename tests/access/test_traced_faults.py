@@ -26,7 +26,7 @@ MIXED = case("chunked_prefill_paged_decode", (5, 1, 9), (30, 40, 0))
 UNIFIED = case("unified_paged", (5, 1), (30, 40))
 UNIFIED_WINDOW = case("unified_paged", (5,), (79,), sliding_window=17)
 SPLIT = case("unified_paged", (1, 1), (140, 70), num_splits=3)
-LOUD = case("unified_paged", (5, 1), (30, 40), kv_dtype="fp8_e4m3", descales="loud", layout="vllm_classic")
+LOUD = case("unified_paged", (5, 1), (30, 40), kv_dtype="fp8_e4m3", descales_per="page", layout="vllm_classic")
 
 
 @dataclass(frozen=True)
