@@ -52,4 +52,9 @@ class LaunchArguments:
     v_token_descale: torch.Tensor | None = None
     q_descale: torch.Tensor | None = None  # [1] float32; None where q is stored in `dtype`
     output_scale: torch.Tensor | None = None  # [1] float32: out = value / output_scale; None where out has `dtype`
-    dtype: torch.dtype | None = None  # of whatever is not 8-bit; what to compute in where q and out both are
+    dtype: torch.dtype | None = None  # of what is not stored in 8 bits; None: that of q
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype that payloads are values of: that of q, unless q is stored in 8 bits."""
+        return self.q.dtype if self.dtype is None else self.dtype
