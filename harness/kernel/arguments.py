@@ -44,3 +44,4 @@ class LaunchArguments:
         torch.Tensor | None
     )  # [num_tokens, num_q_heads] float32, natural log, sinks included; -inf where no key is seen
     kv_block_descale: torch.Tensor | None = None  # [pages, kv_heads, 2] float32, of K then V; NaN for unused pages
+    sink_tokens: int = 0  # so many leading tokens of a sequence are seen although the window has left them behind

@@ -68,6 +68,7 @@ def build_arguments(problem: Problem, contract: Contract, plant: Plant = NO_PLAN
         out=outputs[0].tensor,
         lse=outputs[1].tensor if contract.returns_lse else None,
         kv_block_descale=cache.kv_block_descale,
+        sink_tokens=case.sink_tokens,
     )
     return Setup(problem, cache, plant.arguments(args), outputs)
 
@@ -105,6 +106,7 @@ def check_handover(setup: Setup) -> None:
         "sliding_window": case.sliding_window or 0,
         "logits_soft_cap": case.logits_soft_cap or 0.0,
         "num_splits": case.num_splits or 0,
+        "sink_tokens": case.sink_tokens,
     }
     for name, expected in scalars.items():
         if getattr(args, name) != expected:
