@@ -46,6 +46,11 @@ class Placement:
     name: str = "shuffled"
     pages: tuple[tuple[int, ...], ...] = ()  # explicit only: page ids per sequence
 
+    @property
+    def repeats(self) -> bool:
+        """Whether some sequence has a page twice; all its logical pages then hold the same tokens."""
+        return any(len(set(pages)) < len(pages) for pages in self.pages)
+
 
 @dataclass(frozen=True)
 class Case:
@@ -54,17 +59,20 @@ class Case:
     matrix: str
     kernel: str
     rows: Rows
-    dtype: str = "fp16"  # fp32 | fp16 | bf16: q, new k and v, out
-    kv_dtype: str = "auto"  # auto (= dtype) | fp8_e4m3 | fp8_e5m2
-    descales: str = "per_tensor"  # per_tensor | quiet, loud (per page and KV head) | one: all 1
+    dtype: str = "fp16"  # fp32 | fp16 | bf16: new k and v, and whatever is auto
+    kv_dtype: str = "auto"  # auto (= dtype) | fp8_e4m3 | fp8_e4m3fnuz | fp8_e5m2 | fp8_e5m2fnuz | int8: the cache
+    descales_per: str = "tensor"  # tensor | head | page, token (of each KV head): what has a descale of its own
+    descales: str = "loud"  # loud | quiet | equal | one: the law they are drawn by
+    q_dtype: str = "auto"  # auto (= dtype) | fp8 words: what q is stored in
+    out_dtype: str = "auto"  # auto | fp8 words: what the output is stored in
     num_q_heads: int = 8
     gqa_ratio: int = 1
     head_size: int = 128
     head_size_v: int | None = None  # None: the same as head_size
     page_size: int = 16
-    layout: str = "linear_nhd"  # linear_nhd | vllm_classic
+    layout: str = "linear_nhd"  # linear_nhd | linear_3d | hnd | vllm_classic | vectorized (harness.layout)
     strides: str = "compact"  # compact | cache (strided cache views) | all (q, k, v, out too)
-    page_table: str = "block_table"
+    page_table: str = "block_table"  # block_table [num_seqs, max_pages] | kv_indices: kv_indptr, kv_page_indices
     table_padding: str = "poison_page"  # poison_page | out_of_range | exact
     tail: str = "nan"  # nan | loud: what lies behind the last token of a live page
     sliding_window: int | None = None  # keys a query sees, itself included
@@ -76,6 +84,8 @@ class Case:
     num_splits: int | None = None  # None: the kernel's own path without split-KV
     scale_factor: float = 1.125  # of the softmax scale, in 1/sqrt(head_size): not 1, so that a built-in scale shows
     placement: Placement = Placement()
+    num_pages: int | None = None  # size of the pool; None: as many as the placement needs, and a few more
+    pool: str = "auto"  # auto | dense | aliased (harness.cache.page_pool)
     boundary: str | None = None  # where the pages of a boundary probe lie (harness.problem.boundary); None: no probe
     boundary_target: str = "kv"  # kv | k | v: whose addresses reach the boundary
     boundary_position: str = "straddling"  # straddling | below | above | far
@@ -98,6 +108,6 @@ class Case:
         return self.dtype if self.kv_dtype == "auto" else self.kv_dtype
 
     @property
-    def descales_per_page(self) -> bool:
-        """Whether every page and KV head has descales of its own, in one more argument of the kernel."""
-        return self.descales in ("quiet", "loud")
+    def query_dtype(self) -> str:
+        """Name of the dtype that q is handed over in."""
+        return self.dtype if self.q_dtype == "auto" else self.q_dtype

@@ -15,6 +15,7 @@ import torch
 
 from harness.access.grid import Grid, Ints, cache_grid
 from harness.cache.build import KVCache
+from harness.cache.page_table import page_ids
 from harness.case import Case
 from harness.kernel.arguments import LaunchArguments
 from harness.kernel.contract import Contract
@@ -112,9 +113,14 @@ def scopes(case: Case, contract: Contract, cache: KVCache, args: LaunchArguments
     """The scopes of all buffers that have the shape they were built with and whose elements do not overlap."""
     built = {
         "block_table": cache.block_table,
+        "kv_page_indices": cache.kv_page_indices,
         "k_cache": cache.k,
         "v_cache": cache.v,
         "kv_block_descale": cache.kv_block_descale,
+        "k_token_descale": cache.k_token_descale,
+        "v_token_descale": cache.v_token_descale,
+        "k_scale": cache.k_scale,
+        "v_scale": cache.v_scale,
         "k": cache.new_k,
         "v": cache.new_v,
     }
@@ -126,10 +132,18 @@ def scopes(case: Case, contract: Contract, cache: KVCache, args: LaunchArguments
             continue
         if name == "block_table":
             scope = _table(tensor, contract.over_read(name), lengths)
+        elif name == "kv_page_indices":
+            scope = _index_list(tensor, contract.over_read(name), cache, lengths)
         elif name in ("k_cache", "v_cache"):
-            scope = _slots(name, tensor, case, cache, contract.over_read(name), lengths)
+            grid = cache_grid(tensor, case.layout, name[0])
+            scope = _of_slots(name, grid, case, cache, contract.over_read(name), lengths)
         elif name == "kv_block_descale":
             scope = _descales(tensor, case, cache, lengths)
+        elif name in ("k_token_descale", "v_token_descale"):
+            grid = Grid.of(tensor, (case.page_size * case.num_kv_heads, case.num_kv_heads, 1), (0, 0, 0))
+            scope = _of_slots(name, grid, case, cache, 0, lengths)
+        elif name in ("k_scale", "v_scale"):
+            scope = _of_heads(name, tensor, case, lengths)
         else:
             scope = _new_tokens(name, tensor, case, lengths)
         found += [scope] if scope is not None else []
@@ -174,14 +188,26 @@ def _table(table: torch.Tensor, room: int, lengths: _Lengths) -> Scope | None:
     return Scope("block_table", grid, may, None, 1, 1, base, paged=True)
 
 
-def _slots(name: str, tensor: torch.Tensor, case: Case, cache: KVCache, room: int, lengths: _Lengths) -> Scope | None:
-    """Slots of K or V; with `room`, on to that many behind the cached tokens, on pages that the table row names."""
-    grid = cache_grid(tensor, case.layout, name[0])
+def _index_list(table: torch.Tensor, room: int, cache: KVCache, lengths: _Lengths) -> Scope | None:
+    """Entries of kv_page_indices. Those of a sequence go on to the end of the list, as an over-read of it does."""
+    if table.stride() != (1,):
+        return None
+    grid = Grid.linear(table, room)
+    starts = itertools.accumulate((len(owned) for owned in cache.pages[:-1]), initial=0)
+    base = tuple(np.arange(start, grid.num_cells) for start in starts)
+    may = tuple((0, min(n + room, len(cells))) for n, cells in zip(lengths.pages, base, strict=True))
+    return Scope("kv_page_indices", grid, may, None, 1, 1, base, paged=True)
+
+
+def _of_slots(name: str, grid: Grid | None, case: Case, cache: KVCache, room: int, lengths: _Lengths) -> Scope | None:
+    """Slots of K or V, or of their descales; with `room`, on to that many behind the cached tokens, on pages that the
+    table row names.
+    """
     if grid is None:
         return None
     base = []
     for seq, (owned, cached) in enumerate(zip(cache.pages, lengths.cached, strict=True)):
-        named = cache.block_table[seq, len(owned) : -(-(cached + room) // case.page_size)].tolist()
+        named = page_ids(cache, seq, -(-(cached + room) // case.page_size))[len(owned) :].tolist()
         known = itertools.takewhile(lambda page: 0 <= page < cache.num_pages, named)
         pages = np.array([*owned, *known], dtype=np.int64)[:, None]
         slots = pages * case.page_size + np.arange(case.page_size)  # [pages, page_size]
@@ -202,6 +228,16 @@ def _descales(tensor: torch.Tensor, case: Case, cache: KVCache, lengths: _Length
     sinks = tuple(n // case.page_size for n in lengths.sinks)
     heads = case.num_kv_heads
     return Scope("kv_block_descale", grid, may, must, case.page_size, heads, base, paged=True, sinks=sinks)
+
+
+def _of_heads(name: str, tensor: torch.Tensor, case: Case, lengths: _Lengths) -> Scope | None:
+    """Descales of K or V by KV head: whoever sees a cached token needs that of its head. None where one is for all."""
+    grid = Grid.of(tensor, (1,), (0,))
+    if case.descales_per != "head" or grid is None:
+        return None
+    base = tuple(np.zeros(n, dtype=np.int64) for n in lengths.cached)
+    every = tuple((0, n) for n in lengths.cached)
+    return Scope(name, grid, every, every, 1, case.num_kv_heads, base, paged=False)
 
 
 def _new_tokens(name: str, tensor: torch.Tensor, case: Case, lengths: _Lengths) -> Scope | None:

@@ -13,8 +13,11 @@ from dataclasses import dataclass, field
 import torch
 
 from harness.cache.content import Content, is_decode
-from harness.cache.layouts import allocate, as_stored, by_slot, cache_shape
-from harness.cache.placement import Placed, page_table, place
+from harness.cache.descale_buffers import block_descale, tensor_scale, token_descale
+from harness.cache.layouts import by_slot
+from harness.cache.page_pool import allocate_pages
+from harness.cache.page_table import PageTable, block_table, kv_indices
+from harness.cache.placement import Placed, place
 from harness.cache.poison import poison_bits, poisoned, tail_bits
 from harness.cache.pool import Pool, dense_pool
 from harness.cache.positions import key_positions, new_token_keys
@@ -22,21 +25,22 @@ from harness.cache.probe import Decoy, Live, plant_decoys, reserve
 from harness.cache.quantise import bits_of, quantise
 from harness.cache.table_probe import Entries, reaching_table
 from harness.dtypes import element_type
+from harness.layout import cache_shape
 from harness.problem.boundary import cache_geometry, table_geometry
 from harness.problem.problem import Problem
 
 
 @dataclass(frozen=True)
 class KVCache:
-    """What is handed over, and what it is meant to hold (see harness.cache.layouts for the shapes of k and v)."""
+    """What is handed over, and what it is meant to hold (see harness.layout for the shapes of k and v)."""
 
     k: torch.Tensor
     v: torch.Tensor
-    block_table: torch.Tensor  # [num_seqs, max_pages] int32
+    block_table: torch.Tensor | None  # [num_seqs, max_pages] int32; None where the pages come as kv_page_indices
     seq_lens: torch.Tensor  # [num_seqs] int32
     query_start_loc: torch.Tensor  # [num_seqs + 1] int32
-    k_scale: torch.Tensor  # [1] float32; NaN where descales are per page
-    v_scale: torch.Tensor  # [1] float32
+    k_scale: torch.Tensor  # [1] float32, NaN where descales come by page or token; [num_kv_heads] by head
+    v_scale: torch.Tensor
     cached_lens: tuple[int, ...]  # leading tokens of each sequence that were stored
     pages: tuple[tuple[int, ...], ...]  # physical pages of each sequence, in order
     num_pages: int
@@ -46,9 +50,14 @@ class KVCache:
     new_k: torch.Tensor | None  # [num_tokens, num_kv_heads, head_size] in the dtype of the case; None for content `all`
     new_v: torch.Tensor | None  # [num_tokens, num_kv_heads, head_size_v]
     kv_block_descale: torch.Tensor | None = None  # [num_pages, num_kv_heads, 2] float32, of K then V
+    k_token_descale: torch.Tensor | None = None  # [num_pages, page_size, num_kv_heads] float32
+    v_token_descale: torch.Tensor | None = None
+    kv_indptr: torch.Tensor | None = None  # [num_seqs + 1] int32, in pages (harness.cache.page_table)
+    kv_page_indices: torch.Tensor | None = None  # [total pages, then padding] int32
+    kv_last_page_len: torch.Tensor | None = None  # [num_seqs] int32
     pools: Mapping[str, Pool] = field(
         default_factory=dict
-    )  # of "k", "v", "table" where a boundary probe says where they lie
+    )  # of "k", "v" where they are aliased or a boundary probe says where they lie, as it may of "table"
     decoys: tuple[Decoy, ...] = ()  # what such a probe put where a wrong address would lead
 
     @property
@@ -67,7 +76,7 @@ def build_cache(
     """The cache of `problem` for a kernel of class `content`, on the device of the problem.
 
     `cached_lens` (default: what `content` demands) and `poison` plant set-up faults. Raises PlacementError, and
-    MemoryError where the addresses of a boundary probe cannot be had.
+    MemoryError where a pool cannot be had.
     """
     case, device = problem.case, problem.q.device
     stored, placed = element_type(case.stored_dtype), place(case)
@@ -80,21 +89,22 @@ def build_cache(
     live = live_tokens(problem, placed.pages, cached_lens)
     made = {name: _fill(problem, name, payloads[name], placed, live, poison) for name in payloads}
     pools = {name: pool for name, (_, pool, _) in made.items() if pool is not None}
-    table = page_table(placed, case.table_padding, device)
-    if reach := table_geometry(case):
+    table = _page_table(problem, placed)
+    if (reach := table_geometry(case)) and table.block_table is not None:
         entries = Entries.of(tuple(cached_lens), case.page_size, device)
-        table, pools["table"] = reaching_table(table, reach, entries)
+        far, pools["table"] = reaching_table(table.block_table, reach, entries)
+        table = PageTable(far)
     query_start = [0]
     for query_len in case.rows.query_lens:
         query_start.append(query_start[-1] + query_len)
     return KVCache(
         k=made["k"][0],
         v=made["v"][0],
-        block_table=table,
+        block_table=table.block_table,
         seq_lens=torch.tensor(case.rows.seq_lens, dtype=torch.int32, device=device),
         query_start_loc=torch.tensor(query_start, dtype=torch.int32, device=device),
-        k_scale=torch.tensor([problem.k_scale], dtype=torch.float32, device=device),
-        v_scale=torch.tensor([problem.v_scale], dtype=torch.float32, device=device),
+        k_scale=tensor_scale(problem, "k"),
+        v_scale=tensor_scale(problem, "v"),
         cached_lens=tuple(cached_lens),
         pages=placed.pages,
         num_pages=placed.num_pages,
@@ -103,7 +113,12 @@ def build_cache(
         value_payload=payloads["v"],
         new_k=_new_tokens(problem, problem.k, content) if content.takes_new_tokens else None,
         new_v=_new_tokens(problem, problem.v, content) if content.takes_new_tokens else None,
-        kv_block_descale=_block_descale(problem, placed),
+        kv_block_descale=block_descale(problem, placed),
+        k_token_descale=token_descale(problem, "k", placed, live),
+        v_token_descale=token_descale(problem, "v", placed, live),
+        kv_indptr=table.kv_indptr,
+        kv_page_indices=table.kv_page_indices,
+        kv_last_page_len=table.kv_last_page_len,
         pools=pools,
         decoys=made["k"][2] + made["v"][2],
     )
@@ -130,7 +145,7 @@ def live_tokens(problem: Problem, placed: Sequence[Sequence[int]], cached_lens: 
 def _fill(
     problem: Problem, which: str, payload: torch.Tensor, placed: Placed, live: Live, poison: float
 ) -> tuple[torch.Tensor, Pool | None, tuple[Decoy, ...]]:
-    """K or V with the `live` tokens of `payload` [num_keys, heads, dim]; for boundary probes its pool and decoys."""
+    """K or V with the `live` tokens of `payload` [num_keys, heads, dim]; its pool, unless dense; a probe's decoys."""
     case, device = problem.case, payload.device
     stored, page_size = element_type(case.stored_dtype), case.page_size
     heads, dim = payload.shape[1:]
@@ -138,30 +153,24 @@ def _fill(
     fill, pool = poison_bits(stored, poison), None
     at = cache_geometry(case)
     if at is None or which not in at.page_strides:
-        cache = allocate(case.layout, which, shape, stored, fill, case.strides != "compact", device)
+        used = {page for pages in placed.pages for page in pages}
+        cache, pool = allocate_pages(case, which, shape, stored, fill, used, device)
     else:
         cache, pool = reserve(problem, which, shape, stored, at, live, fill & 0xFF)
-    slots = bits_of(by_slot(cache, case.layout))  # [pages, page_size, heads, ...]
+    slots = by_slot(bits_of(cache), case.layout, which)
     flat_pages = torch.tensor([page for pages in placed.pages for page in pages], dtype=torch.int64, device=device)
-    slots[flat_pages] = tail_bits(stored, case.tail, poison)
-    slots[live.page, live.slot] = as_stored(bits_of(payload)[live.key], slots)
+    slots.view[flat_pages] = tail_bits(stored, case.tail, poison)
+    slots.store(live.page, live.slot, bits_of(payload)[live.key])
     if at is None or pool is None:
-        return cache, None, ()
+        return cache, pool, ()
     return cache, pool, plant_decoys(problem, which, cache, payload, live, at.low_bits[which])
 
 
-def _block_descale(problem: Problem, placed: Placed) -> torch.Tensor | None:
-    """Descales by physical page, [num_pages, num_kv_heads, 2] float32; NaN for pages that no sequence has, and in the
-    gaps of a strided view.
-    """
-    scales = problem.page_descales
-    if scales is None:
-        return None
-    gap = int(problem.case.strides != "compact")
-    shape = (placed.num_pages, scales.shape[1] + gap, 2 + 3 * gap)
-    block = torch.full(shape, math.nan, dtype=torch.float32, device=scales.device)[:, : scales.shape[1], :2]
-    block[[page for pages in placed.pages for page in pages]] = scales
-    return block
+def _page_table(problem: Problem, placed: Placed) -> PageTable:
+    case, device = problem.case, problem.q.device
+    if case.page_table == "block_table":
+        return PageTable(block_table(placed, case.table_padding, device))
+    return kv_indices(placed, case.rows.seq_lens, case.page_size, case.table_padding, device)
 
 
 def _new_tokens(problem: Problem, values: torch.Tensor, content: Content) -> torch.Tensor:

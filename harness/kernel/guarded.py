@@ -17,7 +17,9 @@ POISON = {  # by element size: integer type and bits, a NaN in every float type 
     4: (torch.int32, 0x7FD5A5A5),
     8: (torch.int64, 0x7FF5A5A5A5A5A5A5),
 }
+_MINUS_ZERO = 0x80  # the only NaN of the fnuz types
 MARGIN = 512  # elements of red zone on either side
+_CHUNK = 1 << 18  # words of a checksum at a time: temporaries stay in the caches of a CPU
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class GuardedOutput:
 
     @property
     def _poison(self) -> int:
-        return POISON[self.tensor.element_size()][1]
+        return _poison(self.tensor.dtype)
 
     def _here(self, allocation: torch.Tensor) -> torch.Tensor:
         """The elements of the output in an image of its allocation."""
@@ -56,12 +58,17 @@ def guarded_output(
     name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, strided: bool
 ) -> GuardedOutput:
     """A poisoned output of `shape` inside red zones; `strided` adds gaps between heads and between tokens."""
-    integer, poison = POISON[dtype.itemsize]
+    integer, poison = POISON[dtype.itemsize][0], _poison(dtype)
     strides = _strides(shape, strided)
     extent = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if all(shape) else 0
     allocation = torch.full((extent + 2 * MARGIN,), poison, dtype=integer, device=device)
     tensor = allocation.view(dtype).as_strided(shape, strides, MARGIN)
     return GuardedOutput(name, tensor, allocation)
+
+
+def _poison(dtype: torch.dtype) -> int:
+    """Bits of an element that nobody has written."""
+    return _MINUS_ZERO if str(dtype).endswith("fnuz") else POISON[dtype.itemsize][1]
 
 
 def strided_copy(tensor: torch.Tensor) -> torch.Tensor:
@@ -101,13 +108,12 @@ def checksum(data: torch.Tensor) -> int:
     A single changed byte always changes it: the weights are odd, hence invertible modulo 2^64.
     """
     whole = data.numel() // 8 * 8
-    total = 0
     words = data[:whole].view(torch.int64)  # [bytes / 8]
-    chunk = 1 << 24
-    for start in range(0, words.numel(), chunk):
-        part = words[start : start + chunk]
-        weights = torch.arange(start, start + part.numel(), device=part.device, dtype=torch.int64) * 2 + 1
-        total += int((part * weights).sum())
+    weights = torch.arange(min(_CHUNK, len(words)), dtype=torch.int64, device=data.device) * 2 + 1  # of the first chunk
+    total = 0
+    for start in range(0, len(words), _CHUNK):
+        part = words[start : start + _CHUNK]
+        total += int((part * weights[: len(part)]).sum()) + 2 * start * int(part.sum())
     for i, byte in enumerate(data[whole:].tolist()):
         total += byte * (2 * (words.numel() + i) + 1)
     return total % 2**64

@@ -32,10 +32,16 @@ if TYPE_CHECKING:
     from harness.interpreter.trace import Trace  # needs numpy, which comes with triton
 
 _INPUTS = (
-    "q", "k", "v", "k_cache", "v_cache", "block_table", "query_start_loc", "seq_lens",
-    "k_scale", "v_scale", "kv_block_descale", "alibi_slopes", "sinks",
+    "q", "k", "v", "k_cache", "v_cache", "block_table", "kv_indptr", "kv_page_indices", "kv_last_page_len",
+    "query_start_loc", "seq_lens",
+    "k_scale", "v_scale", "kv_block_descale", "k_token_descale", "v_token_descale", "q_descale", "output_scale",
+    "alibi_slopes", "sinks",
 )  # fmt: skip
-_TRACED = ("k_cache", "v_cache", "k", "v", "kv_block_descale", "block_table")
+_TRACED = (
+    "k_cache", "v_cache", "k", "v", "kv_block_descale", "k_token_descale", "v_token_descale", "block_table",
+    "kv_page_indices",
+)  # fmt: skip
+_TRACED_PER_HEAD = ("k_scale", "v_scale")
 
 
 @dataclass(frozen=True)
@@ -60,8 +66,8 @@ def launch(
 
     trace_accesses: keep what interpreted programs load of K, V, descales and page table, and who stored the outputs.
 
-    `pools` by argument name: those whose addresses reach further than their tensor. All of such a pool may be read: a
-    wrong address then reads a decoy, on a CPU as on a GPU, instead of ending the kernel.
+    `pools` by argument name: of arguments that are no plain tensors, aliased ones among them. Of a boundary probe all
+    of such a pool may be read: a wrong address then reads a decoy, on a CPU as on a GPU, instead of ending the kernel.
 
     Raises KernelRaised where the kernel raises, OutOfMemory where memory ran out in it; the error of a dead device
     context passes through as it is.
@@ -75,9 +81,11 @@ def launch(
             _call(launcher, args)
             ran: tuple[str, ...] = ()
         elif args.q.device.type == "cpu":
-            around = {f"surroundings of {name}": pool.bytes for name, pool in pools.items()}
-            room = {"block_table": contract.over_read("block_table")}  # of K and V it lies inside the cache
-            trace = _new_trace() if trace_accesses else None
+            reaching = pools if case.boundary is not None else {}
+            around = {f"surroundings of {name}": pool.bytes for name, pool in reaching.items()}
+            tables = ("block_table", "kv_page_indices")  # room behind tokens of K and V lies inside the cache
+            room = {name: contract.over_read(name) for name in tables}
+            trace = _new_trace(case) if trace_accesses else None
             ran, broken = _interpreted(launcher, args, {**inputs, **around}, outputs, program_order_seed, room, trace)
             violations += broken
         else:
@@ -152,10 +160,10 @@ def _interpreted(
     return tuple(dict.fromkeys(launch.kernel for launch in session.launches)), broken
 
 
-def _new_trace() -> Trace:
+def _new_trace(case: Case) -> Trace:
     from harness.interpreter.trace import Trace
 
-    return Trace(_TRACED)
+    return Trace((*_TRACED, *_TRACED_PER_HEAD) if case.descales_per == "head" else _TRACED)
 
 
 def _which_ran(contract: Contract, case: Case, ran: tuple[str, ...]) -> list[str]:

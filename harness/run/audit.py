@@ -99,12 +99,15 @@ def _audit_elsewhere(folders: tuple[Path, ...], asked: tuple[Case, Demand, str])
 
 def audit_case(job: Job) -> AuditRow:
     """What the case of `job` shows of its demand. A case that cannot be built sees nothing, and says why."""
-    case, contract, demand = job.case, job.contract, job.demand
+    contract, demand = job.contract, job.demand
+    case = replace(job.case, pool="aliased") if job.case.pool == "dense" else job.case  # no kernel will touch it
     least_wanted = {fault: wanted(fault, demand.margin) for fault in demand.must_see}
     try:
         if case.data == AUTO:
             case = choose_law(case, contract, demand, job.device).taken.case
-        setup = build_arguments(build_problem(case, job.device), contract)
+        problem = build_problem(case, job.device)
+        contract = contract.of_output(case.out_dtype, problem.output_scale)
+        setup = build_arguments(problem, contract)
         inputs = reference_inputs(setup.problem, setup.cache, contract)
         found = observe_setup(setup, inputs, contract, demand)
     except (LawError, PlacementError) as error:
