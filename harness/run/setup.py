@@ -76,6 +76,7 @@ def build_arguments(problem: Problem, contract: Contract, plant: Plant = NO_PLAN
         q_descale=_scalar(problem, problem.q_descale, case.q_dtype),
         output_scale=_scalar(problem, problem.output_scale, case.out_dtype),
         dtype=element_type(case.dtype).torch,
+        sink_tokens=case.sink_tokens,
     )
     return Setup(problem, cache, plant.arguments(args), outputs)
 
@@ -121,6 +122,7 @@ def check_handover(setup: Setup) -> None:
         "logits_soft_cap": case.logits_soft_cap or 0.0,
         "num_splits": case.num_splits or 0,
         "dtype": element_type(case.dtype).torch,
+        "sink_tokens": case.sink_tokens,
     }
     for name, expected in scalars.items():
         if getattr(args, name) != expected:

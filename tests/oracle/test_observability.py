@@ -77,6 +77,7 @@ def stage(case: Case) -> Staged:
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
     "window": {"sliding_window": 16},
+    "window and sink tokens": {"sliding_window": 16, "sink_tokens": 3},
     "noncausal": {"causal": False, "sliding_window": 20},
     "modifiers": {"sinks": True, "logits_soft_cap": 30.0},
     "alibi": {"alibi": True, "sinks": True},
@@ -203,6 +204,10 @@ EMULATED: dict[str, tuple[dict[str, Any], list[Callable[[Staged], tuple[torch.Te
     "window_edges": (
         {"sliding_window": 16},
         [lambda s: attended(s.inputs, sliding_window=17), lambda s: attended(s.inputs, sliding_window=15)],
+    ),
+    "sink_tokens": (
+        {"sliding_window": 16, "sink_tokens": 3},
+        [lambda s, n=n: attended(s.inputs, sink_tokens=n) for n in (0, 4, 2)],  # type: ignore[misc]
     ),
     "causal_edge": (
         {},
