@@ -111,8 +111,8 @@ class Contract:
             yield f"launches is a tuple, ('{launches}',) for one kernel"
         if self.dispatch is not None and (foreign := sorted(self.dispatch.every_kernel - set(self.launches))):
             yield f"dispatch leads to {foreign[0]}, which launches does not name"
-        if unknown := [name for name, _ in self.numerics_by_kernel if name not in self.launches]:
-            yield f"numerics_by_kernel has {unknown[0]}, which launches does not name"
+        if strangers := sorted({name for name, _ in self.numerics_by_kernel} - set(self.launches)):
+            yield f"numerics_by_kernel has {strangers[0]}, which launches does not name"
         if self.window_pages not in ("live", "dead"):
             yield f"window_pages is live or dead, not {self.window_pages!r}"
 

@@ -15,8 +15,10 @@ from harness.dispatch.batch_prefill import BatchPrefillFacts
 from harness.dispatch.predicate import ALL_HOLD
 from harness.kernel.contract import Contract
 from harness.kernel.registry import find_kernels, load_entry
+from harness.matrix import load
 from harness.run.outcome import Outcome, Verdict
 from harness.run.run_case import Options, run_case
+from harness.session import PROJECT
 from tests.access.faulty import faulty
 
 KERNELS = find_kernels()
@@ -179,6 +181,33 @@ def test_a_silent_fallback_fails(tmp_path: Path, old: str, new: str, one: Case, 
     verdict = run(faulty("batch_prefill", tmp_path, old, new), one)
     assert verdict.outcome is Outcome.FAIL
     assert f"did not launch {missing}" in verdict.reason
+
+
+def test_the_rounding_of_folded_descales_is_no_gain() -> None:
+    """V2 folds V descales of pages into P: the largest P of each row is the descale itself, which rounds alike in all
+    rows. A profile that does not say so takes it for a wrong descale.
+    """
+    one = v2(
+        Rows("mixed5", (5, 1, 33, 2, 1), (40, 63, 0, 17, 100)), **FP8, num_q_heads=8, gqa_ratio=4, page_size=1024,
+        head_size=192, head_size_v=128, sliding_window=16, sink_tokens=4, logits_soft_cap=30.0, causal=False, **PAGES,
+    )  # fmt: skip
+    contract = KERNELS["batch_prefill_v2"]
+    silent = replace(contract, numerics=replace(contract.numerics, p_fold_v=False))
+    assert [run(each, one).outcome for each in (contract, silent)] == [Outcome.PASS, Outcome.FAIL]
+
+
+def transitions() -> list[tuple[Case, bool]]:
+    """The smoke tier of page_transitions_v3: cases, and whether descales change within a sequence."""
+    matrix = load(PROJECT / "cases" / "page_transitions_v3.yaml", kernel_names=KERNELS)
+    expansion = matrix.expand("smoke", supported=lambda one: KERNELS[one.kernel].unsupported(one))
+    return [(one, len(set(one.placement.pages[0])) > 1) for one in expansion.cases]
+
+
+@pytest.mark.parametrize(("one", "steps"), transitions(), ids=[one.placement.name for one, _ in transitions()])
+def test_a_stale_descale_within_2_percent_fails_at_every_step(tmp_path: Path, one: Case, steps: bool) -> None:
+    """The K descale of the tile that is being loaded, used for the tile that is being consumed."""
+    stale = faulty("batch_prefill_v3", tmp_path, "start, k_descale_a,", "start, k_descale_next,")
+    assert run(stale, one).outcome is (Outcome.FAIL if steps else Outcome.PASS)
 
 
 def test_v3_takes_what_the_dispatcher_gives_it() -> None:
