@@ -12,8 +12,7 @@ OVER_READABLE = {
     "k_cache": "slots behind the last cached token of a row",
     "v_cache": "slots behind the last cached token of a row",
 }
-
-
+BEHIND_THE_END = ("block_table",)  # of these the amount lies behind the last element, too; of the others inside a page
 MAX_AMOUNT = 512  # as much as lies behind every strided view (harness.kernel.guarded.MARGIN)
 
 

@@ -17,6 +17,7 @@ from harness.errors import SetupBug
 from harness.kernel.arguments import LaunchArguments
 from harness.kernel.check import check_arguments
 from harness.kernel.contract import Contract
+from harness.kernel.fences import NO_FENCES, Fences, fence_launch
 from harness.kernel.guarded import GuardedOutput, guarded_output, same_bits, strided_copy
 from harness.kernel.reaching import reaching_output
 from harness.problem.boundary import output_geometry
@@ -30,10 +31,15 @@ class Setup:
     cache: KVCache
     args: LaunchArguments
     outputs: tuple[GuardedOutput, ...]  # out, then lse where the kernel returns one
+    fences: Fences = NO_FENCES  # what was asked for
+    fenced: frozenset[str] = frozenset()  # buffers with nothing mapped around them
 
 
-def build_arguments(problem: Problem, contract: Contract, plant: Plant = NO_PLANT) -> Setup:
-    """Cache, outputs and launch arguments for `problem`, with the set-up fault of `plant` in them."""
+def build_arguments(problem: Problem, contract: Contract, plant: Plant = NO_PLANT, fences: Fences = NO_FENCES) -> Setup:
+    """Cache, outputs and launch arguments for `problem`, with the set-up fault of `plant` in them.
+
+    Raises what build_cache does, and UsageError for fences that cannot be had here.
+    """
     case = problem.case
     cache = build_cache(
         problem,
@@ -69,7 +75,10 @@ def build_arguments(problem: Problem, contract: Contract, plant: Plant = NO_PLAN
         lse=outputs[1].tensor if contract.returns_lse else None,
         kv_block_descale=cache.kv_block_descale,
     )
-    return Setup(problem, cache, plant.arguments(args), outputs)
+    args, outputs, fenced = fence_launch(
+        fences, plant.arguments(args), outputs, fixed=cache.pools_by_argument, room=contract.room
+    )
+    return Setup(problem, cache, args, outputs, fences, fenced)
 
 
 def with_room(cache: KVCache, entries: int) -> torch.Tensor:
@@ -122,6 +131,7 @@ def check_handover(setup: Setup) -> None:
         "v_scale": cache.v_scale,
         "alibi_slopes": problem.alibi_slopes,
         "sinks": problem.sinks,
+        "kv_block_descale": cache.kv_block_descale,
     }
     for name, tensor in built.items():
         if not same_bits(getattr(args, name), tensor):
