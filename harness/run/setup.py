@@ -44,6 +44,7 @@ def build_arguments(problem: Problem, contract: Contract, plant: Plant = NO_PLAN
     cache = build_cache(
         problem,
         contract.content,
+        window_pages=contract.window_pages,
         cached_lens=plant.cached_lens(case, contract.content),
         poison=plant.pool_poison,
     )
@@ -97,7 +98,7 @@ def check_setup(setup: Setup, contract: Contract) -> None:
     """Raise SetupBug where the arguments or the content of the cache violate the contract."""
     check_arguments(contract, setup.problem.case, setup.args)
     check_handover(setup)
-    verify_cache(setup.problem, setup.cache, contract.content)
+    verify_cache(setup.problem, setup.cache, contract.content, contract.window_pages)
 
 
 def check_handover(setup: Setup) -> None:

@@ -43,6 +43,7 @@ KERNELS: tuple[Contract, ...] = (
         entry="paged_decode.py:launch",
         content=Content.ALL,
         features=_COMMON,
+        window_pages="dead",  # no key in front of the window is loaded
         launches=("paged_decode_kernel",),
         needs=("triton",),
         install_hint=_INSTALL,
