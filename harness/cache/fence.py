@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from harness.cache.pool import require_memory
 from harness.errors import UsageError
 
 FENCE = 64 << 20  # bytes of addresses on either side, which cost nothing
@@ -94,5 +95,6 @@ def _mapped(size: int, device: torch.device) -> torch.Tensor:
     elif os.name == "posix":
         from harness.cache.pool_cpu import fenced_cpu
 
+        require_memory(size, device)
         return fenced_cpu(size, FENCE)
     raise UsageError(f"--fences: {device} has no virtual memory that could be left unmapped")
