@@ -1,7 +1,7 @@
 """The cache proves itself: every slot of every page is read back before a kernel sees it.
 
-Invariant: nothing here uses the builder's views. Addresses follow from the layout's formula, the strides of the tensors
-and the block table, in int64, as a kernel computes them. What is verified: the cache holds exactly the tokens that the
+Invariant: nothing here uses the builder's views. Addresses follow from the layout's table, the strides of the tensors
+and the page table, in int64, as a kernel computes them. What is verified: the cache holds exactly the tokens that the
 content class demands, bit for bit; every other element of the storage, stride gaps and dead pages included, is poison;
 every other page has the descales its payload was made with; new tokens are handed over where, and only where, the
 contract takes them.
@@ -19,6 +19,7 @@ from harness.cache.address import Address, address
 from harness.cache.build import KVCache
 from harness.cache.content import Content, is_decode, phase
 from harness.cache.diagnose import describe_slot, describe_value
+from harness.cache.page_table import page_ids, table_name
 from harness.cache.poison import POISON_BITS, tail_bits
 from harness.cache.pool import POISON_BYTE, Pool
 from harness.cache.probe import storage_bits
@@ -51,12 +52,10 @@ def verify_cache(problem: Problem, cache: KVCache, content: Content, window_page
 
 
 def _dead_pages(problem: Problem, cache: KVCache, content: Content, window_pages: str) -> frozenset[int]:
-    """Pages that must be poison although the block table names them for tokens."""
+    """Pages that must be poison although the page table names them for tokens."""
     case = problem.case
-    table = cache.block_table.tolist()
-    pages = [
-        row[: -(-max(seq_len, 0) // case.page_size)] for row, seq_len in zip(table, case.rows.seq_lens, strict=True)
-    ]
+    counts = [-(-max(seq_len, 0) // case.page_size) for seq_len in case.rows.seq_lens]
+    pages = [page_ids(cache, seq, count).tolist() for seq, count in enumerate(counts)]
     return dead_pages(dead_columns(case, content, window_pages), pages)
 
 
@@ -187,18 +186,19 @@ class _Slots:
 def _slots_in_use(
     problem: Problem, cache: KVCache, content: Content, dead_pages: frozenset[int], count: int
 ) -> list[_Slots]:
-    """Every slot that the block table gives a sequence, those of dead pages apart, at most `count` at a time."""
+    """Every slot that the page table gives a sequence, those of dead pages apart, at most `count` at a time."""
     dead = torch.tensor(sorted(dead_pages), dtype=torch.int64, device=cache.k.device)
     rows, device, page_size = problem.case.rows, cache.k.device, problem.case.page_size
     parts = []
     for seq, (query_len, context_len) in enumerate(zip(rows.query_lens, rows.context_lens, strict=True)):
         seq_len = max(query_len + context_len, 0)
         pos = torch.arange(-(-seq_len // page_size) * page_size, device=device)
-        page = cache.block_table[seq, pos // page_size]
-        if len(page) and not bool(((page >= 0) & (page < cache.num_pages)).all()):
-            raise SetupBug(
-                "block_table", f"page ids in [0, {cache.num_pages}) for sequence {seq}", str(sorted(set(page.tolist())))
-            )
+        needed = len(pos) // page_size
+        ids = page_ids(cache, seq, needed)
+        if len(ids) < needed or not bool(((ids >= 0) & (ids < cache.num_pages)).all()):
+            expected = f"{needed} page ids in [0, {cache.num_pages}) for sequence {seq}"
+            raise SetupBug(table_name(cache), expected, str(sorted(set(ids.tolist()))))
+        page = ids[pos // page_size]
         demanded = content.cached_len(query_len, context_len)
         key = torch.where(pos < demanded, problem.key_start[seq] + pos, -1)
         if problem.case.placement.repeats:

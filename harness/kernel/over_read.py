@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 OVER_READABLE = {
     "block_table": "entries behind the last page of a row",
+    "kv_page_indices": "entries behind the pages of a sequence",
     "k_cache": "slots behind the last cached token of a row",
     "v_cache": "slots behind the last cached token of a row",
 }
-BEHIND_THE_END = ("block_table",)  # of these the amount lies behind the last element, too; of the others inside a page
+BEHIND_THE_END = ("block_table", "kv_page_indices")  # it lies behind the last element, too; of the others in the pool
 MAX_AMOUNT = 512  # as much as lies behind every strided view (harness.kernel.guarded.MARGIN)
 
 
