@@ -1,6 +1,6 @@
 """LaunchArguments: everything a kernel adapter is handed, under the field's standard names.
 
-Invariant: an adapter reads these and writes only `out`, `lse` and buffers of its own.
+Invariant: an adapter reads these and writes only `out`, `lse`, what `workspace` gives it and buffers of its own.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+
+    from harness.kernel.workspace import Allocator
 
 
 @dataclass(frozen=True)
@@ -44,3 +46,15 @@ class LaunchArguments:
         torch.Tensor | None
     )  # [num_tokens, num_q_heads] float32, natural log, sinks included; -inf where no key is seen
     kv_block_descale: torch.Tensor | None = None  # [pages, kv_heads, 2] float32, of K then V; NaN for unused pages
+    allocator: Allocator | None = None  # of `workspace`; None: memory that nobody looks at afterwards
+
+    def workspace(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Scratch memory for this launch: `dtype` [*shape] of 0xFF bytes, NaN in every float type, on the device of q.
+
+        The last dimension has stride 1, the others any: rows may lie far apart.
+        """
+        if self.allocator is not None:
+            return self.allocator(name, shape, dtype)
+        from harness.kernel.workspace import plain_workspace  # needs torch, which collecting does without
+
+        return plain_workspace(shape, dtype, self.q.device)

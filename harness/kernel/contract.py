@@ -30,6 +30,7 @@ FEATURES: dict[str, str] = {
     "prefill": "rows with query_len > 1",
     "strided_cache": "non-contiguous views of the cache",
     "strided_inputs": "non-contiguous q, k, v and out",
+    "strided_workspace": "scratch memory from `args.workspace`, by the strides it has",
     "queries_before_keys": "rows that see no key (negative context_len)",
 }
 
@@ -146,6 +147,7 @@ def required_features(case: Case) -> frozenset[str]:
         or (case.boundary is not None and case.boundary_target in ("k", "v")),
         "strided_inputs": case.strides == "all"
         or (case.boundary is not None and case.boundary_target in ("out", "table")),
+        "strided_workspace": case.boundary is not None and case.boundary_target == "workspace",
         "queries_before_keys": any(c < 0 for c in case.rows.context_lens),
     }
     return frozenset(name for name, needed in wanted.items() if needed)

@@ -17,13 +17,16 @@ distance of tokens or rows that of pages.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from harness.case import Case
 from harness.dtypes import element_type
 
 BOUNDARIES = ("bytes31", "bytes32", "elements31", "elements32", "page15", "page16", "page23", "page24", "carry")
-TARGETS = ("kv", "k", "v", "out", "table")
+TARGETS = ("kv", "k", "v", "out", "table", "workspace")
+_IN_ROWS = ("out", "table", "workspace")  # targets whose rows lie at the boundary, not pages
 POSITIONS = ("straddling", "below", "above", "far")
 _SUSPECT = 13  # number of the page at the boundary, where the page stride is free to put it there
 _OTHERS = (5, 6, 7, 8, 9, 10)  # page ids of the pages that are no suspects: off page 0 to 3, where wrapped offsets lie
@@ -56,7 +59,7 @@ def boundary_refusal(case: Case) -> str | None:
     if case.num_pages is not None:
         return f"boundary {case.boundary}: it says itself how large the pool is: leave num_pages at none"
     name, target = f"boundary {case.boundary}", case.boundary_target
-    if target in ("out", "table"):
+    if target in _IN_ROWS:
         return _rows_refusal(case)
     count = sum(_pages_of(case, seq) for seq in range(case.rows.num_seqs))
     if not 2 <= count <= 2 + len(_OTHERS):
@@ -81,7 +84,7 @@ def boundary_refusal(case: Case) -> str | None:
 
 def cache_geometry(case: Case) -> Geometry | None:
     """Where the pages of a probe of K or V lie; None where `case` is no such."""
-    if case.boundary is None or case.boundary_target in ("out", "table"):
+    if case.boundary is None or case.boundary_target in _IN_ROWS:
         return None
     reaching = ("k", "v") if case.boundary_target == "kv" else (case.boundary_target,)
     stride, (first, last) = _stride(case), _at(case)
@@ -118,6 +121,15 @@ def table_geometry(case: Case) -> RowGeometry | None:
     return _rows(case, case.rows.num_seqs - 1, _pages_of(case, -1), _INDEX_SIZE)
 
 
+def workspace_geometry(case: Case) -> Callable[[int, int, int], RowGeometry] | None:
+    """Where the rows of a workspace lie whose last is number `last`, of `row` elements of `size` bytes; None where its
+    addresses reach no boundary.
+    """
+    if case.boundary is None or case.boundary_target != "workspace":
+        return None
+    return functools.partial(_rows, case)
+
+
 def _rows(case: Case, last: int, row: int, size: int) -> RowGeometry:
     """Row number `last`, `row` elements of `size` bytes long, at the boundary."""
     step = 16 // size if row * size >= 64 else 1
@@ -137,13 +149,14 @@ def _rows(case: Case, last: int, row: int, size: int) -> RowGeometry:
 def _rows_refusal(case: Case) -> str | None:
     """The same as boundary_refusal, for the output and the page table."""
     name = f"boundary {case.boundary} of {case.boundary_target}"
-    count = case.rows.num_tokens if case.boundary_target == "out" else case.rows.num_seqs
+    counts = {"out": case.rows.num_tokens, "table": case.rows.num_seqs}
+    count = counts.get(case.boundary_target, 2)  # a workspace: as many as the kernel takes
     if (case.boundary or "").startswith("page"):
         return f"{name}: only K and V have page ids"
     if count < 2 or case.strides != "compact":
         return f"{name}: it needs two rows, and says itself how far apart they lie"
     if case.boundary == "carry" and (case.boundary_target == "table" or case.boundary_position != "straddling"):
-        return f"{name}: a carry lies in the last token of the output: the position is straddling"
+        return f"{name}: a carry lies in the last row of output or workspace: the position is straddling"
     if at := table_geometry(case):
         row, limit = _pages_of(case, -1), 1 << int((case.boundary or "")[-2:])
         limit //= _INDEX_SIZE if (case.boundary or "").startswith("bytes") else 1

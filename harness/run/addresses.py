@@ -20,6 +20,7 @@ from harness.cache.probe import Live, Reach, storage_bits
 from harness.cache.quantise import bits_of
 from harness.cache.table_probe import Entries, addressing
 from harness.kernel.contract import Contract
+from harness.kernel.launch import handed_out
 from harness.kernel.reaching import ReachingOutput
 from harness.oracle.judge import judge
 from harness.oracle.observability import MARGIN
@@ -30,7 +31,7 @@ from harness.run.setup import Setup
 from references.attention import AttentionReference
 
 # By `boundary_target`: what a misread may be of. Stores are told by harness.kernel.reaching.
-_TARGETS = {"kv": ("K", "V"), "k": ("K",), "v": ("V",), "table": ("the page table",), "out": ()}
+_TARGETS = {"kv": ("K", "V"), "k": ("K",), "v": ("V",), "table": ("the page table",), "out": (), "workspace": ()}
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,14 @@ class Misread:
 
 
 def memory_of(setup: Setup) -> dict[str, Any]:
-    """What K, V, and tables and outputs far apart take: the kind of pool, bytes of addresses and bytes of memory."""
+    """What K, V, and tables, outputs and workspaces far apart take: the kind of pool, bytes of addresses and of memory.
+
+    Workspaces are those that the kernel has taken so far.
+    """
     pools = [setup.cache.pool(which) for which in ("k", "v")]
     pools += [pool for name, pool in setup.cache.pools.items() if name == "table"]
-    pools += [output.pool for output in setup.outputs if isinstance(output, ReachingOutput)]
+    written = (*setup.outputs, *handed_out(setup.args))
+    pools += [output.pool for output in written if isinstance(output, ReachingOutput)]
     aliased = any(pool.kind == "aliased" for pool in pools)
     return {
         "pool": "aliased" if aliased else "dense",
@@ -75,6 +80,21 @@ def unseen_addresses(setup: Setup, contract: Contract, reference: AttentionRefer
             moved = _outcome(setup, contract, found).out - reference.out
             if not bool((moved.abs() > MARGIN * allowed.out).any() | moved.isnan().any()):
                 return f"cannot see a wrong address of {target}: the output is the same where {fault.words}"
+    return None
+
+
+def unreached(setup: Setup) -> str | None:
+    """Why workspaces could not show one of the wrong addresses the case is for; None where they could, or need not.
+
+    Asked after the launch: a kernel may take none, or store nothing where addresses would go wrong.
+    """
+    case = setup.problem.case
+    if case.boundary is None or case.boundary_target != "workspace" or case.boundary_position == "below":
+        return None
+    taken = [made for made in handed_out(setup.args) if isinstance(made, ReachingOutput)]
+    for fault in (fault for fault in FAULTS if case.boundary in fault.for_boundaries):
+        if not any(made.shows(fault) for made in taken):
+            return f"cannot see a wrong address of a workspace: nothing was stored where {fault.words}"
     return None
 
 

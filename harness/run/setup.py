@@ -19,7 +19,8 @@ from harness.kernel.check import check_arguments
 from harness.kernel.contract import Contract
 from harness.kernel.guarded import GuardedOutput, guarded_output, same_bits, strided_copy
 from harness.kernel.reaching import reaching_output
-from harness.problem.boundary import output_geometry
+from harness.kernel.workspace import Workspaces
+from harness.problem.boundary import output_geometry, workspace_geometry
 from harness.problem.problem import Problem
 from harness.run.plant import NO_PLANT, Plant
 
@@ -68,6 +69,7 @@ def build_arguments(problem: Problem, contract: Contract, plant: Plant = NO_PLAN
         out=outputs[0].tensor,
         lse=outputs[1].tensor if contract.returns_lse else None,
         kv_block_descale=cache.kv_block_descale,
+        allocator=Workspaces(problem.q.device, workspace_geometry(case)),
     )
     return Setup(problem, cache, plant.arguments(args), outputs)
 

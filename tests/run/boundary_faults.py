@@ -32,6 +32,12 @@ def probe(kernel: str, boundary: str, **axes: object) -> Case:
     return Case("m", kernel, rows, boundary=boundary, **(common | axes))  # type: ignore[arg-type]
 
 
+def split(boundary: str, **axes: object) -> Case:
+    """Two parts of the keys, both with some of them."""
+    case = probe("unified_paged", boundary, boundary_target="workspace", num_splits=2, **axes)
+    return replace(case, rows=Rows("two_parts", (3, 1), (70, 80)))
+
+
 class Fault(NamedTuple):
     """`old` becomes `new` wherever it occurs in a kernel's family and the shared files."""
 
@@ -158,8 +164,29 @@ STORES = {
         ),
     ),
 }
+SCRATCH = {
+    "signed": Fault(
+        "return split * stride_split + token",
+        "return (split * stride_split.to(tl.int32)).to(tl.int64) + token",
+        split("elements31"),
+        ("row 1 of workspace partial_out at element 2,147,48", "2^32 x -1", "a signed 32-bit offset in elements wraps"),
+    ),
+    "unsigned": Fault(
+        "return split * stride_split + token",
+        "return ((split * stride_split) & 0xFFFFFFFF) + token",
+        split("elements32", boundary_position="far"),
+        ("row 1 of workspace partial_out at element 9,663,676,4", "an unsigned 32-bit offset in elements wraps"),
+    ),
+    "bytes, across the boundary": Fault(
+        "out_offsets = part[:, None] + dim_v[None, :]",
+        "out_offsets = ((part[:, None] + dim_v[None, :]) * 4).to(tl.int32).to(tl.int64) // 4",
+        split("bytes31", boundary_position="straddling"),
+        ("row 1 of workspace partial_out at element 536,870,912 was written at element -536,870,912", "in bytes wraps"),
+    ),
+}
 ALL = READS | {f"page table, {name}": fault for name, fault in TABLE_READS.items()}
 ALL |= {f"out, {name}": fault for name, fault in STORES.items()}
+ALL |= {f"workspace, {name}": fault for name, fault in SCRATCH.items()}
 
 
 class Told(NamedTuple):
