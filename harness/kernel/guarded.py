@@ -18,6 +18,7 @@ POISON = {  # by element size: integer type and bits, a NaN in every float type 
     4: (torch.int32, 0x7FD5A5A5),
     8: (torch.int64, 0x7FF5A5A5A5A5A5A5),
 }
+_MINUS_ZERO = 0x80  # the only NaN of the fnuz types
 MARGIN = 512  # elements of red zone on either side
 _CHUNK = 1 << 18  # words of a checksum at a time: temporaries stay in the caches of a CPU
 
@@ -62,12 +63,17 @@ def guarded_output(
     poison: Mapping[int, tuple[torch.dtype, int]] = POISON,
 ) -> GuardedOutput:
     """A poisoned output of `shape` inside red zones; `strided` adds gaps between heads and between tokens."""
-    integer, bits = poison[dtype.itemsize]
+    integer, bits = poison[dtype.itemsize][0], _poison(dtype) if poison is POISON else poison[dtype.itemsize][1]
     strides = _strides(shape, strided)
     extent = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if all(shape) else 0
     allocation = torch.full((extent + 2 * MARGIN,), bits, dtype=integer, device=device)
     tensor = allocation.view(dtype).as_strided(shape, strides, MARGIN)
     return GuardedOutput(name, tensor, allocation, bits)
+
+
+def _poison(dtype: torch.dtype) -> int:
+    """Bits of an element that nobody has written."""
+    return _MINUS_ZERO if str(dtype).endswith("fnuz") else POISON[dtype.itemsize][1]
 
 
 def strided_copy(tensor: torch.Tensor) -> torch.Tensor:

@@ -34,9 +34,13 @@ if TYPE_CHECKING:
 
 _INPUTS = (
     "q", "k", "v", "k_cache", "v_cache", "block_table", "query_start_loc", "seq_lens",
-    "k_scale", "v_scale", "kv_block_descale", "alibi_slopes", "sinks",
+    "k_scale", "v_scale", "kv_block_descale", "k_token_descale", "v_token_descale", "q_descale", "output_scale",
+    "alibi_slopes", "sinks",
 )  # fmt: skip
-_TRACED = ("k_cache", "v_cache", "k", "v", "kv_block_descale", "block_table")
+_TRACED = (
+    "k_cache", "v_cache", "k", "v", "kv_block_descale", "k_token_descale", "v_token_descale", "block_table",
+)  # fmt: skip
+_TRACED_PER_HEAD = ("k_scale", "v_scale")
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ def launch(
             reaching = pools if case.boundary is not None else {}
             around = {f"surroundings of {name}": pool.bytes for name, pool in reaching.items()}
             room = {"block_table": contract.over_read("block_table")}  # of K and V it lies inside the cache
-            trace = _new_trace() if trace_accesses else None
+            trace = _new_trace(case) if trace_accesses else None
             ran, broken = _interpreted(launcher, args, {**inputs, **around}, outputs, program_order_seed, room, trace)
             violations += broken
         else:
@@ -166,10 +170,10 @@ def _interpreted(
     return tuple(dict.fromkeys(launch.kernel for launch in session.launches)), broken
 
 
-def _new_trace() -> Trace:
+def _new_trace(case: Case) -> Trace:
     from harness.interpreter.trace import Trace
 
-    return Trace(_TRACED)
+    return Trace((*_TRACED, *_TRACED_PER_HEAD) if case.descales_per == "head" else _TRACED)
 
 
 def _which_ran(contract: Contract, case: Case, ran: tuple[str, ...]) -> list[str]:

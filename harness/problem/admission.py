@@ -7,6 +7,7 @@ for a reason that only the drawn data show (a needle beyond the range of float16
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 
 from harness.case import Case
 from harness.problem.boundary import boundary_refusal
@@ -32,10 +33,16 @@ NEEDLES = frozenset({"needle", "needle_edges"})
 BY_POSITION = NEEDLES | {"rising", "falling", "bar_codes"}  # tell each token of a sequence from all others
 STRUCTURED = NEEDLES | {"uniform", "bar_codes", "tiny"}  # equal softmax weights or values: errors are not independent
 DESCALES: dict[str, str] = {
-    "per_tensor": "one descale for K and one for V",
-    "quiet": "per page and KV head, all within 2 %, as data of one origin give",
-    "loud": "per page and KV head, log-uniform over a factor of 32, K and V independent: any mix-up is a gross error",
+    "loud": "log-uniform over a factor of 32, K and V independent: any mix-up is a gross error; per tensor: apart",
+    "quiet": "all within 2 %, as data of one origin give",
+    "equal": "one number for K and one for V, however many there are: a mix-up shows nothing",
     "one": "all 1: a kernel that ignores them passes",
+}
+DESCALES_PER: dict[str, str] = {
+    "tensor": "one descale for K and one for V",
+    "head": "one for each KV head",
+    "page": "one for each page and KV head",
+    "token": "one for each token and KV head",
 }
 
 EXP_RANGE = 88.0  # exp of less than -88 underflows in float32, of more than 88 overflows
@@ -52,6 +59,8 @@ def law_refusal(case: Case) -> str | None:
         return f"unknown data law '{law}'; known: {', '.join(LAWS)}"
     if law in BY_POSITION and case.placement.repeats:
         return f"{law}: placement '{case.placement.name}' has the same tokens at two places of a sequence"
+    if law in NEEDLES and case.q_dtype != "auto":
+        return f"{law}: a query of 8 bits is not exactly a multiple of a key"
     if law in NEEDLES and cap is not None:
         return f"{law}: a soft cap of {cap:g} bounds the score gap that a needle needs"
     if law in ("negative", "large") and cap is not None:
@@ -69,10 +78,15 @@ def law_refusal(case: Case) -> str | None:
 
 def descales_refusal(case: Case) -> str | None:
     """Why the descales of `case` do not fit its cache, in one sentence; None where they do."""
-    if case.descales not in DESCALES:
-        return f"unknown descales '{case.descales}'; known: {', '.join(DESCALES)}"
-    if case.kv_dtype == "auto" and case.descales != "per_tensor":
+    for axis, word, known in (("descales_per", case.descales_per, DESCALES_PER), ("descales", case.descales, DESCALES)):
+        if word not in known:
+            return f"unknown {axis} '{word}'; known: {', '.join(known)}"
+    if case.kv_dtype == "auto" and case.descales_per != "tensor":
+        return f"descales_per {case.descales_per}: a cache of kv_dtype auto has no descales"
+    if case.kv_dtype == case.q_dtype == "auto" and case.descales != "loud":
         return f"descales {case.descales}: a cache of kv_dtype auto has none"
+    if case.descales_per == "tensor" and case.descales in ("quiet", "equal"):
+        return f"descales {case.descales}: one per tensor has nothing to be {case.descales} with"
     return None
 
 
@@ -105,11 +119,16 @@ def pages_needed(case: Case) -> tuple[int, ...]:
     return tuple(-(-max(seq_len, 0) // case.page_size) for seq_len in case.rows.seq_lens)
 
 
-def first_holders(case: Case) -> tuple[tuple[int, ...], ...]:
-    """By sequence and logical page, the first logical page of the sequence on the same physical one: mostly itself."""
-    if not case.placement.repeats:
-        return tuple(tuple(range(count)) for count in pages_needed(case))
-    return tuple(tuple(map(pages.index, pages)) for pages in case.placement.pages)
+def tied(case: Case, starts: Sequence[int], per_page: int) -> Iterator[tuple[slice, slice]]:
+    """(what is the same again, what it is the same as) wherever a sequence has a page another time, of something that
+    comes `per_page` to a page and begins at starts[seq] for each sequence; num_seqs + 1 starts.
+    """
+    for seq, pages in enumerate(case.placement.pages if case.placement.repeats else ()):
+        for column, page in enumerate(pages):
+            to, origin = (starts[seq] + number * per_page for number in (column, pages.index(page)))
+            count = min(per_page, starts[seq + 1] - to)
+            if to != origin:
+                yield slice(to, to + count), slice(origin, origin + count)
 
 
 def _explicit_refusal(case: Case) -> str | None:

@@ -153,6 +153,8 @@ def _rows_refusal(case: Case) -> str | None:
     count = counts.get(case.boundary_target, 2)  # a workspace: as many as the kernel takes
     if (case.boundary or "").startswith("page"):
         return f"{name}: only K and V have page ids"
+    if case.out_dtype != "auto" and case.boundary_target == "out":
+        return f"{name}: its output has the dtype of the case: leave out_dtype at auto"
     if count < 2 or case.strides != "compact":
         return f"{name}: it needs two rows, and says itself how far apart they lie"
     if case.boundary == "carry" and (case.boundary_target == "table" or case.boundary_position != "straddling"):

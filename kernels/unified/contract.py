@@ -12,6 +12,7 @@ _FEATURES = frozenset({
     "head_size_v", "prefill", "strided_cache", "strided_inputs", "strided_workspace",
     "queries_before_keys",
 })  # fmt: skip
+_Q_AND_OUT = frozenset({"auto", "fp8_e4m3", "fp8_e4m3fnuz", "fp8_e5m2", "fp8_e5m2fnuz"})
 
 
 def _takes(case: Case) -> frozenset[str]:
@@ -26,7 +27,10 @@ KERNELS: tuple[Contract, ...] = (
         entry="unified_paged.py:launch",
         content=Content.ALL,
         features=_FEATURES,
-        descales=frozenset({"per_tensor", "one", "quiet", "loud"}),
+        kv_dtypes=frozenset({"auto", "fp8_e4m3", "fp8_e4m3fnuz", "fp8_e5m2", "fp8_e5m2fnuz", "int8"}),
+        descales_per=frozenset({"tensor", "head", "page", "token"}),
+        q_dtypes=_Q_AND_OUT,
+        out_dtypes=_Q_AND_OUT,
         launches=("unified_paged_kernel", "split_kv_combine_kernel"),
         takes=_takes,
         needs=("triton",),

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from harness.cache.address import address
 from harness.cache.layouts import LAYOUTS, allocate, as_stored, by_slot, cache_shape, vector_size
-from harness.cache.poison import POISON_BITS
 from harness.cache.quantise import bits_of
 from harness.dtypes import ELEMENT_TYPES, element_type
 
@@ -36,7 +35,7 @@ def test_round_trip(
 ) -> None:
     element, pages = element_type(stored), 3
     shape = cache_shape(layout, which, pages, page_size, heads, dim, element.size)
-    cache = allocate(layout, which, shape, element, POISON_BITS, strided, "cpu")
+    cache = allocate(layout, which, shape, element, element.poison, strided, "cpu")
     assert tuple(cache.shape) == shape
     assert cache.stride(-1) == 1
     assert cache.is_contiguous() == (not strided)
@@ -54,7 +53,7 @@ def test_round_trip(
     untouched = torch.ones(len(flat), dtype=torch.bool)
     untouched[offsets] = False
     assert int(untouched.sum()) == len(flat) - payload.numel()  # no two tokens share an element
-    assert bool((flat[untouched] == POISON_BITS).all())
+    assert bool((flat[untouched] == element.poison).all())
 
     page, slot = int(place[0]) // page_size, int(place[0]) % page_size
     for head, d in ((0, 0), (heads - 1, dim - 1), (heads // 2, dim // 2)):
@@ -72,7 +71,7 @@ def test_rows_stay_aligned_and_strides_of_k_and_v_differ() -> None:
     strides = []
     for which in ("k", "v"):
         shape = cache_shape("linear_nhd", which, 3, 16, 2, 64, 2)
-        cache = allocate("linear_nhd", which, shape, element_type("fp16"), POISON_BITS, True, "cpu")
+        cache = allocate("linear_nhd", which, shape, element_type("fp16"), element_type("fp16").poison, True, "cpu")
         assert all(stride * 2 % 16 == 0 for stride in cache.stride()[:-1])
         strides.append(cache.stride()[:-1])
     assert all(k != v for k, v in zip(*strides, strict=True))

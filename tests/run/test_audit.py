@@ -112,10 +112,10 @@ def test_a_run_is_blind_before_the_launch_and_only_to_what_is_demanded() -> None
     assert ran(replace(case, data="normal"), "newest_token", "k_descale").outcome is Outcome.PASS
 
 
-@pytest.mark.parametrize("descales", ["per_tensor", "loud"])
+@pytest.mark.parametrize("descales_per", ["tensor", "page"])
 @pytest.mark.parametrize("plant", ["scale-one", "identity-table"])
-def test_set_ups_that_no_output_can_show_are_blind_whatever_is_demanded(plant: str, descales: str) -> None:
-    case = make(kv_dtype="fp8_e4m3", descales=descales)
+def test_set_ups_that_no_output_can_show_are_blind_whatever_is_demanded(plant: str, descales_per: str) -> None:
+    case = make(kv_dtype="fp8_e4m3", descales_per=descales_per)
     assert ran(case).outcome is Outcome.PASS
     assert ran(case, plant=find_plant(plant)).outcome is Outcome.BLIND
 
