@@ -14,6 +14,7 @@ import torch
 
 from harness.cache.content import Content, is_decode
 from harness.cache.descale_buffers import block_descale, tensor_scale, token_descale
+from harness.cache.descale_probe import reaching_descales
 from harness.cache.layouts import as_stored, by_slot, cache_shape
 from harness.cache.page_pool import allocate_pages
 from harness.cache.placement import Placed, page_table, place
@@ -22,7 +23,7 @@ from harness.cache.pool import Pool, dense_pool
 from harness.cache.positions import key_positions, new_token_keys
 from harness.cache.probe import Decoy, Live, plant_decoys, reserve
 from harness.cache.quantise import bits_of, quantise
-from harness.cache.table_probe import Entries, reaching_table
+from harness.cache.table_probe import entries, reaching_table
 from harness.dtypes import element_type
 from harness.problem.boundary import cache_geometry, table_geometry
 from harness.problem.problem import Problem
@@ -50,15 +51,15 @@ class KVCache:
     kv_block_descale: torch.Tensor | None = None  # [num_pages, num_kv_heads, 2] float32, of K then V
     k_token_descale: torch.Tensor | None = None  # [num_pages, page_size, num_kv_heads] float32
     v_token_descale: torch.Tensor | None = None
-    pools: Mapping[str, Pool] = field(
-        default_factory=dict
-    )  # of "k", "v" where they are aliased or a boundary probe says where they lie, as it may of "table"
+    # Pools of "k", "v" where they are aliased or a boundary probe says where they lie, as it may of "table" and, by the
+    # names of their arguments, of descales.
+    pools: Mapping[str, Pool] = field(default_factory=dict)
     decoys: tuple[Decoy, ...] = ()  # what such a probe put where a wrong address would lead
 
     @property
     def pools_by_argument(self) -> dict[str, Pool]:
         names = {"k": "k_cache", "v": "v_cache", "table": "block_table"}
-        return {names[which]: pool for which, pool in self.pools.items()}
+        return {names.get(which, which): pool for which, pool in self.pools.items()}
 
     def pool(self, which: str) -> Pool:
         """The memory of K or V."""
@@ -86,8 +87,19 @@ def build_cache(
     pools = {name: pool for name, (_, pool, _) in made.items() if pool is not None}
     table = page_table(placed, case.table_padding, device)
     if reach := table_geometry(case):
-        entries = Entries.of(tuple(cached_lens), case.page_size, device)
-        table, pools["table"] = reaching_table(table, reach, entries)
+        cells = entries(tuple(cached_lens), case.page_size, device)
+        table, pools["table"] = reaching_table(table, reach, cells)
+    decoys = made["k"][2] + made["v"][2]
+    descales = {
+        "kv_block_descale": block_descale(problem, placed),
+        "k_token_descale": token_descale(problem, "k", placed, live),
+        "v_token_descale": token_descale(problem, "v", placed, live),
+    }
+    if (at := cache_geometry(case)) and "descale" in at.page_strides:
+        for name, compact in descales.items():
+            if compact is not None:
+                far, pools[name], more = reaching_descales(problem, name, compact, at, placed.pages, live)
+                descales[name], decoys = far, decoys + more
     query_start = [0]
     for query_len in case.rows.query_lens:
         query_start.append(query_start[-1] + query_len)
@@ -107,11 +119,9 @@ def build_cache(
         value_payload=payloads["v"],
         new_k=_new_tokens(problem, problem.k, content) if content.takes_new_tokens else None,
         new_v=_new_tokens(problem, problem.v, content) if content.takes_new_tokens else None,
-        kv_block_descale=block_descale(problem, placed),
-        k_token_descale=token_descale(problem, "k", placed, live),
-        v_token_descale=token_descale(problem, "v", placed, live),
+        **descales,
         pools=pools,
-        decoys=made["k"][2] + made["v"][2],
+        decoys=decoys,
     )
 
 

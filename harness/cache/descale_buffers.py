@@ -7,12 +7,12 @@ order of their strides, so that none follows from a shape.
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from harness.cache.placement import Placed
+from harness.cache.poison import poisoned
 from harness.cache.probe import Live
+from harness.dtypes import element_type
 from harness.problem.problem import Problem
 
 
@@ -59,4 +59,4 @@ def token_descale(problem: Problem, which: str, placed: Placed, live: Live) -> t
 
 
 def _nan(*shape: int, device: torch.device) -> torch.Tensor:
-    return torch.full(shape, math.nan, dtype=torch.float32, device=device)
+    return poisoned(shape, element_type("fp32"), device)

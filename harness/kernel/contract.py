@@ -162,7 +162,7 @@ def required_features(case: Case) -> frozenset[str]:
         "head_size_v": case.value_size != case.head_size,
         "prefill": any(q > 1 for q in case.rows.query_lens),
         "strided_cache": case.strides != "compact"
-        or (case.boundary is not None and case.boundary_target in ("k", "v")),
+        or (case.boundary is not None and case.boundary_target in ("k", "v", "descale")),
         "strided_inputs": case.strides == "all"
         or (case.boundary is not None and case.boundary_target in ("out", "table")),
         "strided_workspace": case.boundary is not None and case.boundary_target == "workspace",

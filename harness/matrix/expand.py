@@ -34,7 +34,7 @@ DESCALE_AXES = frozenset({"descales", "descales_per", "kv_dtype", "q_dtype"})
 PLACEMENT_AXES = ROWS_AXES | {"placement", "num_pages"}
 BOUNDARY_AXES = ROWS_AXES | {
     "boundary", "boundary_target", "boundary_position", "placement", "num_pages", "strides", "dtype", "kv_dtype",
-    "out_dtype", "num_q_heads", "gqa_ratio", "head_size", "head_size_v",
+    "descales_per", "out_dtype", "num_q_heads", "gqa_ratio", "head_size", "head_size_v",
 }  # fmt: skip
 Predicate = Callable[[Mapping[str, Any]], bool]
 _COUPLED = (

@@ -70,7 +70,7 @@ def test_what_should_not_be_there_is_red_before_the_launch(where: str, kind: str
 
 
 def test_a_dense_pool_is_searched_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("harness.cache.verify._AT_ONCE", 1000)
+    monkeypatch.setattr("harness.cache.dead._AT_ONCE", 1000)
     problem, cache = built(replace(CASE, pool="dense"), DEVICES[0])
     verify_cache(problem, cache, Content.ALL)
     bits_of(cache.k)[150, 3, 1, 5] = 1
