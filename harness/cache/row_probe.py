@@ -36,8 +36,8 @@ class Cells:
 def reaching_rows(
     name: str, content: torch.Tensor, at: Addressing, cells: Cells, decoy: Callable[[int], torch.Tensor]
 ) -> tuple[torch.Tensor, Pool, tuple[Decoy, ...]]:
-    """`content` [rows, ...] with rows as far apart as `at` says, its pool, and what lies where faults would read, but for
-    the rows of `cells`.
+    """`content` [rows, ...] with rows as far apart as `at` says, its pool, and what lies where faults would read; rows
+    of `cells` keep their content.
 
     `decoy` gives, for numbers from 1 up, what stands in for the elements of `cells`: [n, m]. Raises MemoryError.
     """
@@ -53,7 +53,7 @@ def reaching_rows(
     far = pool.view(content.dtype, shape, strides_of(shape, at.stride))
     far.copy_(content)
     memory = bits_of(pool.bytes[: len(pool.bytes) // at.itemsize * at.itemsize].view(content.dtype))  # [elements]
-    taken = [rows[cells.row.unique()].flatten()]
+    taken = [rows[cells.row[:, 0]].flatten()]
     decoys: list[Decoy] = []
     for offsets in moved:
         free = ~torch.isin(offsets, torch.cat(taken))

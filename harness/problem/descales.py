@@ -1,7 +1,7 @@
 """Descales of a quantised cache and of an 8-bit query: what a stored payload is multiplied by to get the value.
 
-Invariant: no value leaves the range of the stored type at its descale, but for descales `one`; a page or token
-has one descale, however many sequences hold it, or how often one does; nothing here knows where a page will lie.
+Invariant: no value leaves the range of the stored type at its descale, but for descales `one`; a page, or a token of
+it, has one descale, however many sequences hold it, or how often one does; nothing here knows where a page will lie.
 
 Descales come in groups: all keys are one group where there is one descale per tensor or per head, the keys of a page
 are one, or each key is its own.
@@ -116,7 +116,7 @@ def _enough(case: Case, values: torch.Tensor, shape: tuple[int, int]) -> torch.T
 
 
 def _owners(case: Case) -> torch.Tensor:
-    """The group whose descale each has: the first on the same physical page; int64 [groups]."""
+    """The group whose descale each has: the first on the same page, and for tokens in the same slot; int64 [groups]."""
     if case.descales_per == "head":
         return torch.zeros(1, dtype=torch.int64)
     prefix = shared_prefix_len(case)

@@ -24,8 +24,7 @@ DEVICES = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_availa
 ROWS = Rows("r", (3, 1), (20, 30))  # 2 pages each
 CASE = Case(
     "m", "k", ROWS, num_q_heads=2, head_size=64, kv_dtype="fp8_e4m3", descales_per="page", num_pages=300,
-    pool="aliased",
-    placement=Placement("explicit", "far", ((260, 7), (261, 299))),
+    pool="aliased", placement=Placement("explicit", "far", ((260, 7), (261, 299))),
 )  # fmt: skip
 TWICE = replace(CASE, rows=Rows("r", (3, 1), (20, 40)), placement=Placement("explicit", "t", ((260, 7), (8, 261, 8))))
 
@@ -37,7 +36,7 @@ def built(case: Case, device: torch.device, content: Content = Content.ALL) -> t
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 @pytest.mark.parametrize("strides", ["compact", "cache"])
-@pytest.mark.parametrize("layout", ["linear_nhd", "vllm_classic"])
+@pytest.mark.parametrize("layout", ["linear_nhd", "hnd", "vllm_classic", "vectorized"])
 def test_dense_and_aliased_caches_have_the_same_strides_and_bits(
     layout: str, strides: str, device: torch.device
 ) -> None:
@@ -59,7 +58,7 @@ def test_dense_and_aliased_caches_have_the_same_strides_and_bits(
 def test_what_should_not_be_there_is_red_before_the_launch(where: str, kind: str, device: torch.device) -> None:
     problem, cache = built(replace(CASE, pool=kind), device)
     verify_cache(problem, cache, Content.ALL)
-    slots = by_slot(bits_of(cache.v), "linear_nhd")  # [pages, slot, heads, dim]
+    slots = by_slot(bits_of(cache.v), "linear_nhd", "v").view  # [pages, slot, heads, dim]
     if where == "a neighbour's token":
         slots[261] = slots[260].clone()
     else:
