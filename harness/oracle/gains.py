@@ -6,10 +6,13 @@ Invariant: no tensors, and no words beyond the names of kinds.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+MAX_GAINS = 16  # listed
 
 # Kinds of gain. A weight is a share of the softmax: -1 where it is missing, 1 where it counts twice.
 K_DESCALE, V_DESCALE = "K descale", "V descale"
+K_STALE, V_STALE = "stale K descale", "stale V descale"  # keys beside a page transition, scaled as the neighbour's
 PAGE_WEIGHT = "page weight"
 TOKEN_WEIGHT = "token weight"
 TOKEN_ZERO = "token read as zero"
@@ -36,6 +39,9 @@ class Gain:
     position: int | None = None  # of a token within its sequence
     other_head: int | None = None  # the KV head that was read instead
     split: int | None = None
+    step: int | None = None  # to the page whose descale is taken, 1: the next one; None in slot: at every transition
+    num_keys: int | None = None  # of a page that have it
+    other_page: int | None = None  # physical, whose descale it is
     share: float | None = None  # of the squared error of the rows looked at, as far as it was asked
 
 
@@ -57,6 +63,19 @@ class GainFindings:
     @property
     def best(self) -> Gain | None:
         return self.source or (self.gains[0] if self.gains else None)
+
+
+def together(pages: GainFindings, transitions: GainFindings) -> GainFindings:
+    """The findings of pages, and those of their transitions: strongest first, as either has them."""
+    by_pages = not transitions.gains or abs(transitions.gains[0].z) <= max((abs(g.z) for g in pages.gains), default=0.0)
+    first, second = (pages, transitions) if by_pages else (transitions, pages)
+    return replace(
+        pages,
+        z=max(pages.z, transitions.z),
+        num_statistics=pages.num_statistics + transitions.num_statistics,
+        gains=(*first.gains, *second.gains)[:MAX_GAINS],
+        num_gains=pages.num_gains + transitions.num_gains,
+    )
 
 
 @dataclass(frozen=True)

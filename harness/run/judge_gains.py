@@ -11,10 +11,11 @@ from dataclasses import replace
 from harness.cache.build import demanded_lens
 from harness.kernel.contract import Contract
 from harness.oracle.findings import Findings
-from harness.oracle.gains import GainFindings
+from harness.oracle.gains import GainFindings, together
 from harness.oracle.hull import judge_hull
 from harness.oracle.localise import find_source
 from harness.oracle.matched_filter import PageFilter, find_gains
+from harness.oracle.transitions import find_stale
 from harness.run.setup import Setup
 from references.attention import AttentionInputs
 
@@ -28,6 +29,7 @@ def page_filter(contract: Contract, setup: Setup) -> PageFilter:
         pages=setup.cache.pages,
         cached_lens=demanded_lens(setup.problem, contract.content),
         num_splits=case.num_splits or 1,
+        block_descale=setup.cache.kv_block_descale,
     )
 
 
@@ -41,7 +43,9 @@ def with_gains(findings: Findings, contract: Contract, setup: Setup, inputs: Att
         out = out.float() * contract.numerics.out_scale
     hull = judge_hull(inputs, out, contract.numerics, setup.problem.case.dtype)
     filters = page_filter(contract, setup)
-    gains = GainFindings() if setup.problem.structured else find_gains(inputs, out, filters)
+    gains = GainFindings()
+    if not setup.problem.structured:
+        gains = together(find_gains(inputs, out, filters), find_stale(inputs, out, filters))
     found = replace(findings, gains=gains, hull=hull)
     if found.clean:
         return found
