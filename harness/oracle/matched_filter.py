@@ -156,7 +156,9 @@ def _statistics(
     if out is not None:
         product = (x @ row_errors(rows, out, filters).float()[..., None])[..., 0]
     certain = moments.bias + moments.along_out.abs() * noise.second_order
-    row = _worst_row(product[..., -1], moments.energy[..., -1], moments.variance[..., -1], certain[..., -1], noise.alike)
+    row = _worst_row(
+        product[..., -1], moments.energy[..., -1], moments.variance[..., -1], certain[..., -1], noise.alike
+    )
     explained = product.double().sum(2).square() / moments.energy.double().sum(2).clamp(min=MIN_ENERGY)
     sums = torch.cat((weighted_sums(product, moments, noise.second_order), explained[None]))
     stacked = torch.cat((sums.flatten(), row)).cpu()

@@ -77,6 +77,7 @@ class Batch:
     cached_lens: tuple[int, ...]  # leading tokens of each sequence that a right kernel reads from the cache
     key_payload: torch.Tensor  # [num_keys, num_kv_heads, head_size] as stored, before descales
     value_payload: torch.Tensor  # [num_keys, num_kv_heads, head_size_v]
+    descales: torch.Tensor | None = None  # [num_keys, num_kv_heads, 2 (K, V)] where they are by page
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class Scene:
     v: torch.Tensor  # [keys, num_kv_heads, head_size_v]
     key_payload: torch.Tensor  # [keys, num_kv_heads, head_size]
     value_payload: torch.Tensor  # [keys, num_kv_heads, head_size_v]
+    descales: torch.Tensor | None  # [keys, num_kv_heads, 2 (K, V)] where they are by page
     q_heads: tuple[int, ...]
     positions: tuple[int, ...]  # of the sampled queries
     tokens: torch.Tensor  # int64 [rows] packed new tokens

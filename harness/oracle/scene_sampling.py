@@ -66,6 +66,7 @@ def _scene(batch: Batch, seq: int, first_token: int, first_key: int) -> Scene:
         v=inputs.v[keys],
         key_payload=batch.key_payload[keys],
         value_payload=batch.value_payload[keys],
+        descales=None if batch.descales is None else batch.descales[keys],
         q_heads=tuple(range(case.num_q_heads)),
         positions=tuple(first_pos + row for row in sampled),
         tokens=tokens,
