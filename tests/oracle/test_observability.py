@@ -72,7 +72,8 @@ def stage(case: Case) -> Staged:
     lens = zip(case.rows.query_lens, case.rows.context_lens, strict=True)
     cached = tuple(contract.content.cached_len(*pair) for pair in lens)
     inputs = reference_inputs(problem, cache_, contract)
-    batch = Batch(case, inputs, cached, cache_.key_payload, cache_.value_payload)
+    descales = torch.cat([problem.descale("k"), problem.descale("v")], dim=2) if case.descales_per_page else None
+    batch = Batch(case, inputs, cached, cache_.key_payload, cache_.value_payload, descales)
     return Staged(case, contract, inputs, batch, allowed, (cache_.key_payload.float(), cache_.value_payload.float()))
 
 
@@ -160,6 +161,21 @@ def neighbour(tensor: torch.Tensor, slots: slice, page: int) -> None:
     tensor[slots] = tensor[from_here : from_here + slots.stop - slots.start].clone()
 
 
+def beside_transitions(staged: Staged, name: str, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The 64 keys next to the page `step` away have its descale, in every sequence and page by page."""
+    size, start, descales = staged.case.page_size, 0, staged.batch.descales
+    assert descales is not None
+    changed, which = getattr(staged.inputs, name).double(), "kv".index(name)
+    for cached in staged.batch.cached_lens:
+        for first in range(start, start + cached, size):
+            end, there = min(first + size, start + cached), first + step * size
+            if start <= there < start + cached:
+                keys = slice(max(end - 64, first), end) if step > 0 else slice(first, min(first + 64, end))
+                changed[keys] *= descales[there, :, which, None].double() / descales[first, :, which, None].double()
+        start += cached
+    return attended(staged.inputs, **{name: changed})
+
+
 def by_modulo(staged: Staged) -> tuple[torch.Tensor, torch.Tensor]:
     heads = [head % staged.case.num_kv_heads for head in range(staged.case.num_q_heads)]
     return attended(staged.inputs, k=staged.inputs.k[:, heads], v=staged.inputs.v[:, heads])
@@ -223,6 +239,10 @@ EMULATED: dict[str, tuple[dict[str, Any], list[Callable[[Staged], tuple[torch.Te
         FP8,
         [lambda s: attended(s.inputs, k=s.payload[0]), lambda s: attended(s.inputs, v=s.payload[1])],
     ),
+    "stale_descale": (
+        {"descales": "loud", "page_size": 72, "causal": False, **FP8},
+        [lambda s, w=w, by=by: beside_transitions(s, w, by) for w in "kv" for by in (1, -1)],  # type: ignore[misc]
+    ),
     "softmax_scale": ({}, [lambda s: attended(s.inputs, softmax_scale=s.inputs.softmax_scale * 1.02)]),
     "gqa_mapping": ({}, [by_modulo]),
     "sink": (
@@ -259,7 +279,8 @@ def test_a_case_that_sees_and_one_that_cannot(fault: str) -> None:
     case = make(**axes)
     contract = KERNELS[case.kernel]
     assert observe_case(case, contract, Demand((fault,)), "cpu").unseen == ()
-    tiny = replace(case, data="tiny", descales="one" if case.kv_dtype != "auto" else "per_tensor")
+    descales = case.descales if case.descales_per_page else "one" if case.kv_dtype != "auto" else "per_tensor"
+    tiny = replace(case, data="tiny", descales=descales)
     blind = observe_case(tiny, contract, Demand((fault,), legacy=(1e-3, 0.0)), "cpu")
     assert [effect.fault for effect in blind.unseen] == [fault]
     assert blind.facts
@@ -272,6 +293,7 @@ def test_a_case_that_sees_and_one_that_cannot(fault: str) -> None:
         ("softmax_scale", {"data": "uniform"}),
         ("k_descale", {"data": "uniform", **FP8}),
         ("scale_dropped", {"descales": "one", **FP8}),
+        ("stale_descale", {"descales": "loud", "data": "uniform", **FP8}),
         ("v_descale", {"dtype": "bf16", "data": "uniform", "rows": DECODE, **FP8}),  # an eighth of the mass on a page
         ("page_swap", {"data": "needle", "page_size": 1, "rows": DECODE}),  # four needles, 150 pages
     ],
@@ -294,6 +316,8 @@ ONE = Rows("one", (1,), (9,))
         ("page_swap", {"rows": ONE}, "no sequence has two cached pages"),
         ("k_descale", {}, "the cache stores the dtype of the case: no descale"),
         ("v_descale", {"kernel": "prefix_prefill", "rows": Rows("new", (9,), (0,)), **FP8}, "no token is in the cache"),
+        ("stale_descale", FP8, "descales are not by page"),
+        ("stale_descale", {"rows": ONE, "descales": "loud", **FP8}, "no sequence has two cached pages"),
         ("gqa_mapping", {"gqa_ratio": 1}, "one query head per KV head"),
         ("gqa_mapping", {"gqa_ratio": 4}, "one KV head"),
         ("sink", {}, "no sinks"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -168,24 +167,3 @@ def test_a_matrix_can_demand_that_a_stale_descale_shows() -> None:
     verdict = run_case(blind, find_kernels()["unified_paged"], options)
     assert verdict.outcome is Outcome.BLIND
     assert "cannot see stale_descale of V, one tile" in verdict.reason
-
-
-@pytest.mark.parametrize(
-    ("axes", "because"),
-    [
-        ({"page_size": 512, "placement": Placement()}, "no sequence has two cached pages"),
-        ({"descales": "per_tensor"}, "descales are not by page"),
-    ],
-)
-def test_cases_without_transitions_are_excused(axes: dict[str, Any], because: str) -> None:
-    effect = _effect(replace(ONE, **axes))
-    assert (effect.size, effect.because) == (None, because)
-
-
-def test_the_effect_on_elements_is_that_of_the_kernel(tmp_path: Path) -> None:
-    """Structured data have no statistics; of 32 rows all are sampled."""
-    case = replace(ONE, descales="loud", data="needle", rows=Rows("r", (32,), (480,)))
-    predicted = _effect(case)
-    assert predicted.variant == "of V, one tile late"
-    verdict = run(case, tmp_path, V, V.replace("descale_offsets", LATE))
-    assert verdict.err_over_tol == pytest.approx(predicted.size, rel=0.1)
