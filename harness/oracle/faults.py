@@ -242,6 +242,8 @@ def _no_descale(case: Case, content: Content) -> str | None:
 
 
 def _no_transition(case: Case, content: Content) -> str | None:
+    if case.placement.kind == "explicit" and all(len({*pages}) < 2 for pages in case.placement.pages):
+        return "no sequence changes its page"
     return _one_page(case, content) if case.descales_per_page else "descales are not by page"
 
 
