@@ -26,7 +26,8 @@ class Stale:
     tensors: str  # one of TENSORS
     source: str
     step: int = 0  # pages (NEIGHBOUR) or KV heads (OTHER_HEAD) from their own to the one whose descale they have
-    num_keys: int | None = None  # of a page, next to the neighbour; None: the whole page
+    num_keys: int | None = None  # of a page, next to the neighbour but for `gap`; None: the whole page
+    gap: int = 0  # keys between them and the neighbour, which have their own descale
     slot: int | None = None  # of the page that they lie on
     sequence: int | None = None
     heads: tuple[int, ...] | None = None  # KV heads
@@ -43,7 +44,8 @@ class Stale:
         if self.source == NEIGHBOUR:
             last, width = max(cached_len - 1, 0) // page_size, self.num_keys or page_size
             struck &= (slot + self.step >= 0) & (slot + self.step <= last)
-            struck &= offset >= page_size - width if self.step > 0 else offset < width
+            away = page_size - 1 - offset if self.step > 0 else offset  # keys between each and the neighbour
+            struck &= (away >= self.gap) & (away < self.gap + width)
             other = descales[(slot + self.step).clamp(0, last)]
         else:
             other = {
@@ -74,7 +76,7 @@ def at_transitions(num_pages: int, widths: Sequence[int], page_size: int, most: 
         slots = range(num_pages - 1) if step > 0 else range(1, num_pages)  # pages that have a neighbour on that side
         places: list[int | None] = [*slots] if len(slots) == 1 else [None, *spread(slots, most)]
         found += [
-            Stale(tensors, NEIGHBOUR, step, width, place)
+            Stale(tensors, NEIGHBOUR, step, width, slot=place)
             for width in sorted({min(width, page_size) for width in widths})
             for place in places
             for tensors in TENSORS[:2]

@@ -87,11 +87,15 @@ def best_fit(
 def _hypotheses(filters: PageFilter, sequence: int, num_kv_heads: int) -> Iterator[Stale]:
     """Those of pages first, all transitions before single ones: of equal ones the first is kept."""
     num_pages = -(-filters.cached_lens[sequence] // filters.page_size)
-    widths = [None, *(width for width in WIDTHS if width < filters.page_size)]
+    tiles = [(None, 0), *((width, 0) for width in WIDTHS if width < filters.page_size)]
+    tiles += [
+        (width, width) for width in WIDTHS if 2 * width <= filters.page_size
+    ]  # every second tile
     for tensors in TENSORS:
         for step in STEPS:
             slots: list[int | None] = [None, *spread(range(num_pages), MAX_PLACES)]
-            yield from (Stale(tensors, NEIGHBOUR, step, width, slot) for slot in slots for width in widths)
+            for slot in slots:
+                yield from (Stale(tensors, NEIGHBOUR, step, width, gap, slot) for width, gap in tiles)
         for step in range(1, min(num_kv_heads, MAX_HEAD_STEPS)):
             yield Stale(tensors, OTHER_HEAD, step)
         yield from (Stale(tensors, source) for source in (FIRST_HEAD, DROPPED, EXCHANGED))

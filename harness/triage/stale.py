@@ -40,8 +40,9 @@ def _neighbour(
     part, how = "all", "instead of the page's own"
     if stale.num_keys is not None:
         end = min(end, position + stale.num_keys)
-        part = f"the {'last' if stale.step > 0 else 'first'} {end - position}"
-        how = f"used one tile {'early' if stale.step > 0 else 'late'}"
+        edge, when = ("last", "early") if stale.step > 0 else ("first", "late")
+        part = f"{end - position} of the {edge} {2 * stale.num_keys}" if stale.gap else f"the {edge} {end - position}"
+        how = f"used {'two tiles' if stale.gap else 'one tile'} {when}"
     keys = f"keys {position}-{end - 1} of sequence {sequence} ({part} of page {page})"
     more = "" if stale.slot is not None or len(pages) == 2 else ", and likewise at every page transition,"
     return (

@@ -55,6 +55,9 @@ PLANTS = {
     "both early": (BOTH, f"descale_offsets = {EARLY}",
                    ("K and V descales: keys 192-255", NEXT_6_7.format("K and V descales"))),
     "K two tiles early": (K, K.replace("descale_offsets", TWO_EARLY), ("keys 128-255 ", "(the last 128 of page 6)")),
+    "K two tiles early, of every second tile": (
+        K, K.replace("descale_offsets", f"tl.where(key // BLOCK_N % 2 == 0, {TWO_EARLY}, descale_offsets)"),
+        ("K descale: keys 128-191 of sequence 0 (64 of the last 128 of page 6)", "used two tiles early")),
     "K late": (K, K.replace("descale_offsets", LATE),
                ("K descale: keys 256-319 of sequence 0 (the first 64 of page 7)", "previous page used one tile late",
                 "(page transition 6 -> 7)")),
