@@ -32,10 +32,11 @@ if TYPE_CHECKING:
     from harness.interpreter.trace import Trace  # needs numpy, which comes with triton
 
 _INPUTS = (
-    "q", "k", "v", "k_cache", "v_cache", "block_table", "query_start_loc", "seq_lens",
+    "q", "k", "v", "k_cache", "v_cache", "block_table", "kv_indptr", "kv_page_indices", "kv_last_page_len",
+    "query_start_loc", "seq_lens",
     "k_scale", "v_scale", "kv_block_descale", "alibi_slopes", "sinks",
 )  # fmt: skip
-_TRACED = ("k_cache", "v_cache", "k", "v", "kv_block_descale", "block_table")
+_TRACED = ("k_cache", "v_cache", "k", "v", "kv_block_descale", "block_table", "kv_page_indices")
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ def launch(
         elif args.q.device.type == "cpu":
             reaching = pools if case.boundary is not None else {}
             around = {f"surroundings of {name}": pool.bytes for name, pool in reaching.items()}
-            room = {"block_table": contract.over_read("block_table")}  # of K and V it lies inside the cache
+            tables = ("block_table", "kv_page_indices")  # room behind tokens of K and V lies inside the cache
+            room = {name: contract.over_read(name) for name in tables}
             trace = _new_trace() if trace_accesses else None
             ran, broken = _interpreted(launcher, args, {**inputs, **around}, outputs, program_order_seed, room, trace)
             violations += broken
@@ -167,9 +169,14 @@ def _which_ran(contract: Contract, case: Case, ran: tuple[str, ...]) -> list[str
         return ["no device kernel was launched: whatever the output holds, this kernel did not write it"]
     foreign = [name for name in ran if name not in contract.launches]
     missing = sorted(contract.must_launch(case) - set(ran))
-    return [f"launched {name}, which the contract of {contract.name} does not name" for name in foreign] + [
-        f"did not launch {name}, which the contract of {contract.name} says this case takes" for name in missing
-    ]
+    decided = None if contract.dispatch is None else contract.dispatch.of(case)
+    told = [f"launched {name}, which the contract of {contract.name} does not name" for name in foreign]
+    if contract.dispatch is None or decided is None:
+        return told + [f"did not launch {name}, as the contract of {contract.name} says it does" for name in missing]
+    astray = sorted((contract.dispatch.every_kernel - {*decided.kernels}) & set(ran))
+    why = f"against its dispatch '{contract.dispatch.name}': {decided.because}"
+    told += [f"did not launch {name}, {why}" for name in missing]
+    return told + [f"launched {name}, {why}" for name in astray]
 
 
 @contextmanager
