@@ -118,7 +118,7 @@ def run(case: Case, contract: Contract, stale: str, device: torch.device) -> Row
     verdict = run_case(case, contract, Options(device=device.type, plant=plant, noise_floor="report"))
     want = stage(case, replace(find_kernel(case.kernel), contract=contract), device).reference.out
     outputs = Outputs(handed[0].out, want, want, fp8=True)
-    says = (verdict.explanation or {"rows": {}})["rows"].get("descale", [""])[0]
+    says = (verdict.explanation or {"rows": {}})["rows"].get("looks like", [""])[0]
     return Row(
         kernel=case.kernel,
         stale=stale,

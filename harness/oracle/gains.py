@@ -47,7 +47,7 @@ class Gain:
 
 @dataclass(frozen=True)
 class GainFindings:
-    """`gains` are those above the limit, strongest first, at most MAX_GAINS of them.
+    """`gains` are those above the limit, strongest first, those of transitions apart, at most MAX_GAINS.
 
     `source` is the simplest single fault that explains an error, where one explains most of it.
     """
@@ -65,10 +65,16 @@ class GainFindings:
         return self.source or (self.gains[0] if self.gains else None)
 
 
+def like_stale(gain: Gain) -> bool:
+    """Whether a statistic of a transition found about what it looks for; else it found another fault."""
+    return 0.5 < gain.estimate < 2
+
+
 def together(pages: GainFindings, transitions: GainFindings) -> GainFindings:
-    """The findings of pages, and those of their transitions: strongest first, as either has them."""
-    by_pages = not transitions.gains or abs(transitions.gains[0].z) <= max((abs(g.z) for g in pages.gains), default=0.0)
-    first, second = (pages, transitions) if by_pages else (transitions, pages)
+    """The findings of pages, and those of their transitions, which come first where they say most."""
+    strongest = max((abs(gain.z) for gain in pages.gains), default=0.0)
+    lead = next((gain for gain in transitions.gains if like_stale(gain) and abs(gain.z) > strongest), None)
+    first, second = (transitions, pages) if lead else (pages, transitions)
     return replace(
         pages,
         z=max(pages.z, transitions.z),

@@ -69,12 +69,13 @@ def best_fit(
         return None
     chosen = chosen_rows(inputs, sequence)
     descales = filters.block_descale[list(filters.pages[sequence])]  # [pages, num_kv_heads, 2]
-    own = by_key(descales, filters.page_size, filters.cached_lens[sequence])
-    different: dict[Stale, torch.Tensor] = {}  # hypotheses, and what they are all scaled by
+    page_size, cached_len = filters.page_size, filters.cached_lens[sequence]
+    known = {_fingerprint(by_key(descales, page_size, cached_len))}
+    different = []  # hypotheses that all have other keys scaled by other descales
     for stale in _hypotheses(filters, sequence, descales.shape[1]):
-        used = stale.used(descales, filters.page_size, len(own))
-        if not any(torch.equal(used, other) for other in (own, *different.values())):
-            different[stale] = used
+        if (fingerprint := _fingerprint(stale.used(descales, page_size, cached_len))) not in known:
+            known.add(fingerprint)
+            different.append(stale)
     for most in (FEW_ROWS, len(chosen)):
         looked_at = spread(chosen, most)
         fits = [_by_heads(fit) for fit in _fits(inputs, out, filters, sequence, looked_at, different, dequantised)]
@@ -88,9 +89,7 @@ def _hypotheses(filters: PageFilter, sequence: int, num_kv_heads: int) -> Iterat
     """Those of pages first, all transitions before single ones: of equal ones the first is kept."""
     num_pages = -(-filters.cached_lens[sequence] // filters.page_size)
     tiles = [(None, 0), *((width, 0) for width in WIDTHS if width < filters.page_size)]
-    tiles += [
-        (width, width) for width in WIDTHS if 2 * width <= filters.page_size
-    ]  # every second tile
+    tiles += [(width, width) for width in WIDTHS if 2 * width <= filters.page_size]  # every second tile
     for tensors in TENSORS:
         for step in STEPS:
             slots: list[int | None] = [None, *spread(range(num_pages), MAX_PLACES)]
@@ -107,7 +106,7 @@ def _fits(
     filters: PageFilter,
     sequence: int,
     chosen: list[int],
-    used: dict[Stale, torch.Tensor],
+    hypotheses: list[Stale],
     dequantised: Dequantised,
 ) -> list[Fit]:
     """The fit of each hypothesis to `chosen` rows, of some KV heads at a time."""
@@ -115,7 +114,8 @@ def _fits(
     at_once = max(MAX_SCORES // (len(chosen) * group * inputs.seq_lens[sequence]), 1)
     assert filters.block_descale is not None
     descales = filters.block_descale[list(filters.pages[sequence])]
-    own = by_key(descales, filters.page_size, filters.cached_lens[sequence])
+    page_size, cached_len = filters.page_size, filters.cached_lens[sequence]
+    own = by_key(descales, page_size, cached_len)
     tables = []
     for first in range(0, inputs.k.shape[1], at_once):
         heads = slice(first, min(first + at_once, inputs.k.shape[1]))
@@ -126,14 +126,21 @@ def _fits(
         queries = inputs.q if inputs.q_cached is None else inputs.q_cached
         q = rows.pick(queries[:, own_heads])[0].double() * inputs.softmax_scale  # [heads, L, head_size]
         squares = []
-        for scaled in used.values():
-            keys = struck(own, scaled)
-            k, v = (x[:, heads].double().transpose(0, 1) for x in dequantised(keys, scaled[keys]))  # [heads, m, d]
+        for stale in hypotheses:
+            used = stale.used(descales, page_size, cached_len)
+            keys = struck(own, used)
+            k, v = (x[:, heads].double().transpose(0, 1) for x in dequantised(keys, used[keys]))  # [heads, m, d]
             x = change(rows, keys, q @ k.transpose(1, 2), v)
             squares.append(torch.stack(((2 * error * x - x * x), x * x)).mul_(weight).sum((2, 3)))  # [2, heads]
         tables.append(torch.stack(squares))
     table = torch.cat(tables, dim=2).cpu()  # [hypotheses, 2, num_kv_heads]
-    return [Fit(stale, *sums) for stale, sums in zip(used, table, strict=True)]
+    return [Fit(stale, *sums) for stale, sums in zip(hypotheses, table, strict=True)]
+
+
+def _fingerprint(used: torch.Tensor) -> float:
+    """The same for equal tensors, and for others another."""
+    index = torch.arange(used.numel(), dtype=torch.float64, device=used.device)
+    return float(used.flatten().double() @ index.sin_())
 
 
 def _noise(rows: Rows, noise: RowNoise) -> torch.Tensor:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from harness.oracle.gain_findings import Z_LIMIT, z_scores
-from harness.oracle.gains import K_STALE, V_STALE, Gain, GainFindings
+from harness.oracle.gains import K_STALE, V_STALE, Gain, GainFindings, like_stale
 from harness.oracle.matched_filter import PageFilter, row_errors, weighted_sums
 from harness.oracle.row_noise import row_noise
 from harness.oracle.sampling import FEWEST_ROWS, MAX_WORK
@@ -43,7 +43,7 @@ def find_stale(inputs: AttentionInputs, out: torch.Tensor, filters: PageFilter) 
             of_head = head if head < len(z) - 1 else None
             estimate = float(product[head] / energy[head])
             gains.append(replace(one.gain, estimate=estimate, z=float(z[head]), kv_head=of_head))
-    gains.sort(key=lambda gain: -abs(gain.z))
+    gains.sort(key=lambda gain: (not like_stale(gain), -abs(gain.z)))
     return GainFindings(z=largest, num_statistics=count, gains=tuple(gains), num_gains=len(gains))
 
 

@@ -290,7 +290,7 @@ def _verdict(
         explanation = with_row(explanation, "address", *addresses)
         reason = f"{addresses[0]}; {reason}"
     if exchanged := explain_stale(setup, contract, inputs, findings):
-        explanation = with_row(explanation, "descale", *exchanged)
+        explanation = with_row(explanation, "looks like", *exchanged)
         reason = f"{exchanged[0]}; {reason}"
     return replace(verdict, outcome=Outcome.FAIL, reason=reason, explanation=explanation)
 
