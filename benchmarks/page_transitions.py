@@ -34,22 +34,24 @@ from harness.oracle.gain_findings import Z_LIMIT
 from harness.run.outcome import Outcome, Verdict
 from harness.run.plant import NO_PLANT
 from harness.run.run_case import Options, resolve_device, run_case
-from tests.access.faulty import faulty
+from tests.access.faulty import again, faulty
 
 MATRIX = PROJECT / "cases" / "page_transitions.yaml"
 LAWS = ("quiet", "loud")
 HONEST = "honest"
 NAMES = {"K": "K descale: ", "K and V": "K and V descales: "}  # what a report on a plant must begin with
 
-# Of unified_paged, which loads a descale for each key: that of the page a tile further on.
-_BEHIND = (
-    "tl.load(table_row + tl.minimum(key + BLOCK_N, seq_len - 1) // page_size, mask=cached, other=0).to(tl.int64)"
-    " * descale_stride_page + kv_head * descale_stride_head"
-)
-_OWN = "page.to(tl.int64) * descale_stride_page + kv_head * descale_stride_head"
-_K = "tl.load(kv_block_descale_ptr + descale_offsets, mask=cached, other=1.0)[None, :]"
-PLANTS: Mapping[str, Mapping[str, tuple[str, str]]] = {  # kernel -> what is stale -> (source, what it becomes)
-    "unified_paged": {"K": (_K, _K.replace("descale_offsets", _BEHIND)), "K and V": (_OWN, _BEHIND)},
+
+def _ahead(which: str) -> tuple[str, str]:
+    """Of unified_paged, which loads a descale for each key: that of the page of the key one tile further on."""
+    old = f"{which}_descale = page.to(tl.int64)"
+    page = "tl.load(table_row + tl.minimum(key + BLOCK_N, seq_len - 1) // page_size, mask=cached, other=0)"
+    return old, old.replace("page", page)
+
+
+Edits = tuple[tuple[str, str], ...]  # source, what it becomes
+PLANTS: Mapping[str, Mapping[str, Edits]] = {  # kernel -> what is stale
+    "unified_paged": {"K": (_ahead("k"),), "K and V": (_ahead("k"), _ahead("v"))},
 }
 
 
@@ -91,8 +93,10 @@ def probes() -> list[Case]:
 def rows_of(kernel: str, device: torch.device, seeds: int, quick: bool) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         contracts = {HONEST: find_kernels()[kernel]}
-        for i, (stale, change) in enumerate(PLANTS[kernel].items()):
-            contracts[stale] = faulty(kernel, Path(folder) / str(i), *change)
+        for i, (stale, (first, *rest)) in enumerate(PLANTS[kernel].items()):
+            contracts[stale] = faulty(kernel, Path(folder) / str(i), *first)
+            for edit in rest:
+                again(contracts[stale], *edit)
         for seed in range(seeds):
             for number, probe in enumerate(probes()):
                 if quick and probe.placement.name not in ("on_4096", "on_4096_4097"):

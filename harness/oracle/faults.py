@@ -145,9 +145,10 @@ def _stale_descale(tensors: str, step: int) -> Change:
     """A tile beside each page transition is scaled as the page on the other side."""
 
     def change(scene: Scene) -> Rows | None:
-        if scene.descales is None or scene.cached_len <= scene.case.page_size:
+        if scene.cached_len <= scene.case.page_size:
             return None
-        size, own = scene.case.page_size, scene.descales[: scene.cached_len]  # [cached_len, num_kv_heads, 2]
+        size = scene.case.page_size
+        own = torch.cat((scene.k_descale, scene.v_descale), dim=2)[: scene.cached_len]  # [cached_len, num_kv_heads, 2]
         used = Stale(tensors, NEIGHBOUR, step, min(STALE_TILE, size)).used(own[::size], size, len(own))
         gains = (used.double() / own.double())[:, scene.kv_heads]  # [cached_len, heads, 2]
         dots, v = scene.rows.dots.clone(), scene.rows.v.clone()
@@ -244,7 +245,7 @@ def _no_descale(case: Case, content: Content) -> str | None:
 def _no_transition(case: Case, content: Content) -> str | None:
     if case.placement.kind == "explicit" and all(len({*pages}) < 2 for pages in case.placement.pages):
         return "no sequence changes its page"
-    return _one_page(case, content) if case.descales_per_page else "descales are not by page"
+    return _one_page(case, content) if case.descales_per == "page" else "descales are not by page"
 
 
 def _no_window(case: Case, content: Content) -> str | None:

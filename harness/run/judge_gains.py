@@ -38,11 +38,9 @@ def page_filter(contract: Contract, setup: Setup) -> PageFilter:
 def output_values(contract: Contract, setup: Setup) -> torch.Tensor:
     """The output as values, any output scale applied: [num_tokens, num_q_heads, head_size_v], any float dtype."""
     out = setup.outputs[0].tensor
-    return (
-        out
-        if contract.numerics.out_scale == 1.0 and out.element_size() > 1
-        else out.float() * contract.numerics.out_scale
-    )
+    if contract.numerics.out_scale == 1.0 and out.element_size() > 1:
+        return out
+    return out.float() * contract.numerics.out_scale
 
 
 def all_gains(contract: Contract, setup: Setup, inputs: AttentionInputs) -> GainFindings:

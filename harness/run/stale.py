@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 
 from harness.cache.quantise import dequantise
+from harness.dtypes import element_type
 from harness.kernel.contract import Contract
 from harness.oracle.emulate import emulate
 from harness.oracle.findings import Findings
@@ -70,11 +71,12 @@ def _sizes(findings: Findings) -> dict[str, float]:
 def _dequantised(setup: Setup, contract: Contract, sequence: int) -> Dequantised:
     """K and V of cached keys of one sequence under other descales, rounded as the contract declares."""
     problem, cache, start = setup.problem, setup.cache, setup.problem.key_start[sequence]
+    no_query = problem.q[:0].to(element_type(problem.case.dtype).torch)
 
     def dequantised(keys: torch.Tensor, used: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         k = dequantise(cache.key_payload[start + keys], used[..., :1])
         v = dequantise(cache.value_payload[start + keys], used[..., 1:])
-        seen = emulate(problem.q[:0], k, v, contract.numerics, problem.case.dtype, problem.softmax_scale)
+        seen = emulate(no_query, k, v, contract.numerics, problem.case.dtype, problem.softmax_scale)
         return seen.k, seen.v
 
     return dequantised

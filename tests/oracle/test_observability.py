@@ -21,7 +21,7 @@ from harness.oracle.scene import Batch
 from harness.oracle.scene_sampling import MAX_ROWS, scenes
 from harness.oracle.tolerance import Tolerance, tolerance
 from harness.problem.problem import build_problem
-from harness.run.observe import Demand, observe_case
+from harness.run.observe import Demand, batch_of, observe_case
 from harness.run.reference import build_reference, reference_inputs
 from harness.run.setup import build_arguments
 from references.attention import AttentionInputs, Rounding, attend
@@ -69,11 +69,8 @@ def stage(case: Case) -> Staged:
     problem, cache_ = setup.problem, setup.cache
     reference = build_reference(problem, cache_, contract)
     allowed = tolerance(reference, contract.numerics, case.dtype, case.head_size, structured=problem.structured)
-    lens = zip(case.rows.query_lens, case.rows.context_lens, strict=True)
-    cached = tuple(contract.content.cached_len(*pair) for pair in lens)
     inputs = reference_inputs(problem, cache_, contract)
-    descales = torch.cat([problem.descale("k"), problem.descale("v")], dim=2) if case.descales_per_page else None
-    batch = Batch(case, inputs, cached, cache_.key_payload, cache_.value_payload, descales)
+    batch = batch_of(setup, inputs, contract)
     return Staged(case, contract, inputs, batch, allowed, (cache_.key_payload.float(), cache_.value_payload.float()))
 
 
@@ -163,15 +160,15 @@ def neighbour(tensor: torch.Tensor, slots: slice, page: int) -> None:
 
 def beside_transitions(staged: Staged, name: str, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The 64 keys next to the page `step` away have its descale, in every sequence and page by page."""
-    size, start, descales = staged.case.page_size, 0, staged.batch.descales
-    assert descales is not None
-    changed, which = getattr(staged.inputs, name).double(), "kv".index(name)
+    size, start = staged.case.page_size, 0
+    descale = staged.batch.k_descale if name == "k" else staged.batch.v_descale  # [num_keys, num_kv_heads, 1]
+    changed = getattr(staged.inputs, name).double()
     for cached in staged.batch.cached_lens:
         for first in range(start, start + cached, size):
             end, there = min(first + size, start + cached), first + step * size
             if start <= there < start + cached:
                 keys = slice(max(end - 64, first), end) if step > 0 else slice(first, min(first + 64, end))
-                changed[keys] *= descales[there, :, which, None].double() / descales[first, :, which, None].double()
+                changed[keys] *= descale[there].double() / descale[first].double()
         start += cached
     return attended(staged.inputs, **{name: changed})
 
@@ -240,7 +237,7 @@ EMULATED: dict[str, tuple[dict[str, Any], list[Callable[[Staged], tuple[torch.Te
         [lambda s: attended(s.inputs, k=s.payload[0]), lambda s: attended(s.inputs, v=s.payload[1])],
     ),
     "stale_descale": (
-        {"descales": "loud", "page_size": 72, "causal": False, **FP8},
+        {"descales_per": "page", "page_size": 72, "causal": False, **FP8},
         [lambda s, w=w, by=by: beside_transitions(s, w, by) for w in "kv" for by in (1, -1)],  # type: ignore[misc]
     ),
     "softmax_scale": ({}, [lambda s: attended(s.inputs, softmax_scale=s.inputs.softmax_scale * 1.02)]),
@@ -279,8 +276,7 @@ def test_a_case_that_sees_and_one_that_cannot(fault: str) -> None:
     case = make(**axes)
     contract = KERNELS[case.kernel]
     assert observe_case(case, contract, Demand((fault,)), "cpu").unseen == ()
-    descales = case.descales if case.descales_per_page else "one" if case.kv_dtype != "auto" else "per_tensor"
-    tiny = replace(case, data="tiny", descales=descales)
+    tiny = replace(case, data="tiny", descales="one" if case.kv_dtype != "auto" else "loud")
     blind = observe_case(tiny, contract, Demand((fault,), legacy=(1e-3, 0.0)), "cpu")
     assert [effect.fault for effect in blind.unseen] == [fault]
     assert blind.facts
@@ -293,7 +289,7 @@ def test_a_case_that_sees_and_one_that_cannot(fault: str) -> None:
         ("softmax_scale", {"data": "uniform"}),
         ("k_descale", {"data": "uniform", **FP8}),
         ("scale_dropped", {"descales": "one", **FP8}),
-        ("stale_descale", {"descales": "loud", "data": "uniform", **FP8}),
+        ("stale_descale", {"descales_per": "page", "data": "uniform", **FP8}),
         ("v_descale", {"dtype": "bf16", "data": "uniform", "rows": DECODE, **FP8}),  # an eighth of the mass on a page
         ("page_swap", {"data": "needle", "page_size": 1, "rows": DECODE}),  # four needles, 150 pages
     ],
@@ -317,7 +313,7 @@ ONE = Rows("one", (1,), (9,))
         ("k_descale", {}, "the cache stores the dtype of the case: no descale"),
         ("v_descale", {"kernel": "prefix_prefill", "rows": Rows("new", (9,), (0,)), **FP8}, "no token is in the cache"),
         ("stale_descale", FP8, "descales are not by page"),
-        ("stale_descale", {"rows": ONE, "descales": "loud", **FP8}, "no sequence has two cached pages"),
+        ("stale_descale", {"rows": ONE, "descales_per": "page", **FP8}, "no sequence has two cached pages"),
         ("gqa_mapping", {"gqa_ratio": 1}, "one query head per KV head"),
         ("gqa_mapping", {"gqa_ratio": 4}, "one KV head"),
         ("sink", {}, "no sinks"),
@@ -376,7 +372,7 @@ def test_a_sample_can_only_understate(fault: str) -> None:
     ],
 )
 def test_descales_that_no_output_can_show(k: list[float], v: list[float], faults: list[str]) -> None:
-    descales = {"k_descale": torch.tensor(k)[:, None, None], "v_descale": torch.tensor(v)[:, None, None]}
+    descales: dict[str, Any] = {"descales": torch.tensor([k, v]).T[:, None], "law": "loud", "q_descale": None}
     found = blind_to(kv_dtype="fp8_e4m3", **descales, pages=[[7, 2], [4]])
     assert [blindness.fault for blindness in found] == faults
     assert blind_to(kv_dtype="auto", **descales, pages=[[7, 2], [4]]) == ()

@@ -18,61 +18,67 @@ from harness.run.observe import Demand, observe_case
 from harness.run.outcome import Outcome, Verdict
 from harness.run.plant import NO_PLANT
 from harness.run.run_case import Options, run_case
-from tests.access.faulty import faulty
+from tests.access.faulty import again, faulty
 
 prepare("cpu")
 
 ONE = Case(
-    "m", "unified_paged", Rows("r", (64,), (448,)), kv_dtype="fp8_e4m3", descales="quiet", dtype="bf16", head_size=64,
+    "m", "unified_paged", Rows("r", (64,), (448,)), kv_dtype="fp8_e4m3", descales_per="page",
+    descales="quiet", dtype="bf16", head_size=64,
     num_q_heads=4, gqa_ratio=2, page_size=256, causal=False, placement=Placement("explicit", "at_6", ((6, 7),)),
 )  # fmt: skip
 MORE = replace(ONE, rows=Rows("r", (40, 1), (350, 300)), page_size=128, placement=Placement(), causal=True)
 
-BOTH = "descale_offsets = page.to(tl.int64) * descale_stride_page + kv_head * descale_stride_head"
-K = "tl.load(kv_block_descale_ptr + descale_offsets, mask=cached, other=1.0)[None, :]"
-V = "tl.load(kv_block_descale_ptr + descale_offsets + descale_stride_kind, mask=cached, other=1.0)"
-HEAD = "kv_head * descale_stride_head"
-
-
-def of_key(key: str) -> str:
-    """Where the descale of the page of another key lies."""
-    page = f"tl.load(table_row + ({key}) // page_size, mask=cached, other=0).to(tl.int64)"
-    return f"({page} * descale_stride_page + {HEAD})"
-
-
-EARLY, LATE = of_key("tl.minimum(key + BLOCK_N, seq_len - 1)"), of_key("tl.maximum(key - BLOCK_N, 0)")
-TWO_EARLY = of_key("tl.minimum(key + 2 * BLOCK_N, seq_len - 1)")
+EARLY, LATE = "tl.minimum(key + BLOCK_N, seq_len - 1)", "tl.maximum(key - BLOCK_N, 0)"  # keys a tile further on
+TWO_EARLY = "tl.minimum(key + 2 * BLOCK_N, seq_len - 1)"
 NEXT_6_7 = (
     "the ratio of the {} of page 7 and page 6: descale of the next page used one tile early (page transition 6 -> 7)"
 )
+Edit = tuple[str, str]  # source, what it becomes
 
-# name: (source, what it becomes, the words)
-PLANTS = {
-    "K early": (K, K.replace("descale_offsets", EARLY),
+
+def scaled_as(which: str, key: str, head: str = "kv_head") -> Edit:
+    """Keys have the descale of the page of another `key`, or of another `head`."""
+    old = f"{which}_descale = page.to(tl.int64) * {{0}}_page + slot * {{0}}_slot + kv_head * {{0}}_head"
+    old = old.format(f"{which}_descale")
+    page = f"tl.load(table_row + ({key}) // page_size, mask=cached, other=0).to"
+    return old, old.replace("page.to", page).replace("kv_head", head)
+
+
+def both(key: str, head: str = "kv_head") -> tuple[Edit, ...]:
+    return scaled_as("k", key, head), scaled_as("v", key, head)
+
+
+K_LOADED = "tl.load(k_descale_ptr + k_descale, mask=cached, other=1.0)[None, :]"
+PLANTS: dict[str, tuple[tuple[Edit, ...], tuple[str, ...]]] = {  # name: (edits, the words)
+    "K early": ((scaled_as("k", EARLY),),
                 ("K descale: keys 192-255 of sequence 0 (the last 64 of page 6)", NEXT_6_7.format("K descale"))),
-    "V early": (V, V.replace("descale_offsets", EARLY),
+    "V early": ((scaled_as("v", EARLY),),
                 ("V descale: keys 192-255 of sequence 0 (the last 64 of page 6)", NEXT_6_7.format("V descale"))),
-    "both early": (BOTH, f"descale_offsets = {EARLY}",
-                   ("K and V descales: keys 192-255", NEXT_6_7.format("K and V descales"))),
-    "K two tiles early": (K, K.replace("descale_offsets", TWO_EARLY), ("keys 128-255 ", "(the last 128 of page 6)")),
+    "both early": (both(EARLY), ("K and V descales: keys 192-255", NEXT_6_7.format("K and V descales"))),
+    "K two tiles early": ((scaled_as("k", TWO_EARLY),), ("keys 128-255 ", "(the last 128 of page 6)")),
     "K two tiles early, of every second tile": (
-        K, K.replace("descale_offsets", f"tl.where(key // BLOCK_N % 2 == 0, {TWO_EARLY}, descale_offsets)"),
+        (scaled_as("k", f"tl.where(key // BLOCK_N % 2 == 0, {TWO_EARLY}, key)"),),
         ("K descale: keys 128-191 of sequence 0 (64 of the last 128 of page 6)", "used two tiles early")),
-    "K late": (K, K.replace("descale_offsets", LATE),
+    "K late": ((scaled_as("k", LATE),),
                ("K descale: keys 256-319 of sequence 0 (the first 64 of page 7)", "previous page used one tile late",
                 "(page transition 6 -> 7)")),
-    "K early, one head": (K, K.replace("descale_offsets", f"tl.where(kv_head == 1, {EARLY}, descale_offsets)"),
+    "K early, one head": ((scaled_as("k", f"tl.where(kv_head == 1, {EARLY}, key)"),),
                           ("K descale: keys 192-255 ", "of kv head 1 only")),
-    "other head": (BOTH, BOTH.replace("kv_head", "((kv_head + 1) % 2)"),
-                   ("K and V descales: all keys ", "descale of another head")),
-    "K dropped": (K, f"{K} * 0 + 1", ("K descale: all keys ", "descale not applied")),
-    "whole page": (BOTH, f"descale_offsets = {of_key('key // page_size * page_size * 0')}",
+    "other head": (both("key", "(kv_head + 1) % 2"), ("K and V descales: all keys ", "descale of another head")),
+    "K dropped": (((K_LOADED, f"{K_LOADED} * 0 + 1"),), ("K descale: all keys ", "descale not applied")),
+    "whole page": (both("key * 0"),
                    ("K and V descales: keys 256-511 of sequence 0 (all of page 7)", "instead of the page's own")),
 }  # fmt: skip
 
 
-def run(case: Case, folder: Path | None = None, *change: str) -> Verdict:
-    contract = find_kernels()["unified_paged"] if folder is None else faulty("unified_paged", folder, *change)
+def run(case: Case, folder: Path | None = None, edits: tuple[Edit, ...] = ()) -> Verdict:
+    contract = find_kernels()["unified_paged"]
+    for edit in edits[:1]:
+        assert folder is not None
+        contract = faulty("unified_paged", folder, *edit)
+    for edit in edits[1:]:
+        contract = again(contract, *edit)
     return run_case(case, contract, Options(device="cpu", access_trace=False))
 
 
@@ -91,8 +97,8 @@ def test_an_honest_kernel_passes(case: Case) -> None:
 
 @pytest.mark.parametrize("plant", PLANTS)
 def test_what_stands_for_what_is_said(tmp_path: Path, plant: str) -> None:
-    old, new, words = PLANTS[plant]
-    verdict = run(ONE, tmp_path, old, new)
+    edits, words = PLANTS[plant]
+    verdict = run(ONE, tmp_path, edits)
     assert verdict.outcome is Outcome.FAIL
     told = said(verdict)
     assert [text for text in words if text not in told] == [], told
@@ -101,7 +107,7 @@ def test_what_stands_for_what_is_said(tmp_path: Path, plant: str) -> None:
 
 @pytest.mark.parametrize("descales", ["quiet", "loud"])
 def test_every_transition_of_every_sequence(tmp_path: Path, descales: str) -> None:
-    verdict = run(replace(MORE, descales=descales), tmp_path, BOTH, f"descale_offsets = {EARLY}")
+    verdict = run(replace(MORE, descales=descales), tmp_path, both(EARLY))
     assert verdict.outcome is Outcome.FAIL
     assert "keys 64-127 of sequence 0" in said(verdict)
     assert "and likewise at every page transition" in said(verdict)
