@@ -32,13 +32,13 @@ from .split_kv import keys_per_split, split_kv_combine_kernel
 # compilations. The strides that may be innermost do know the value 1, which is what makes loads coalesce.
 _RUNTIME = (
     "q_ptr", "k_cache_ptr", "v_cache_ptr", "block_table_ptr", "kv_indptr_ptr", "kv_page_indices_ptr",
-    "kv_last_page_len_ptr", "query_start_loc_ptr", "seq_lens_ptr", "q_descale_ptr",
-    "k_descale_ptr", "v_descale_ptr", "output_scale_ptr", "alibi_slopes_ptr", "sinks_ptr", "out_ptr", "lse_ptr",
-    "partial_out_ptr", "partial_max_ptr", "partial_sum_ptr", "gqa_ratio", "head_size", "head_size_v", "page_size",
-    "window", "sink_tokens", "num_splits", "num_tokens", "num_q_heads", "q_stride_token", "q_stride_head",
-    "out_stride_token", "out_stride_head", "lse_stride_token", "lse_stride_head", "table_stride", "k_stride_page", "k_stride_slot",
-    "k_stride_head", "v_stride_page", "v_stride_head", "k_descale_page", "k_descale_slot", "k_descale_head",
-    "v_descale_page", "v_descale_slot", "v_descale_head",
+    "kv_last_page_len_ptr", "query_start_loc_ptr", "seq_lens_ptr", "q_descale_ptr", "k_descale_ptr", "v_descale_ptr",
+    "output_scale_ptr", "alibi_slopes_ptr", "sinks_ptr", "out_ptr", "lse_ptr", "partial_out_ptr", "partial_max_ptr",
+    "partial_sum_ptr", "gqa_ratio", "head_size", "head_size_v", "page_size", "window", "sink_tokens", "num_splits",
+    "num_tokens", "num_q_heads", "q_stride_token", "q_stride_head", "out_stride_token", "out_stride_head",
+    "lse_stride_token", "lse_stride_head", "table_stride", "k_stride_page", "k_stride_slot", "k_stride_head",
+    "v_stride_page", "v_stride_head", "k_descale_page", "k_descale_slot", "k_descale_head", "v_descale_page",
+    "v_descale_slot", "v_descale_head",
 )  # fmt: skip
 _INNERMOST = (
     "q_stride_dim", "out_stride_dim", "k_stride_dim", "k_stride_lane", "v_stride_slot", "v_stride_dim",
