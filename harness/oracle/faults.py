@@ -62,10 +62,11 @@ def _newest_token(decodes: bool) -> Change:
 
 def _window(step: int) -> Change:
     def change(scene: Scene) -> Rows | None:
-        window = scene.case.sliding_window
+        case, window = scene.case, scene.case.sliding_window
         if window is None or window >= scene.seq_len:
             return None
-        case = scene.case
+        if scene.seq_len - window - (step > 0) < case.sink_tokens:
+            return None  # the key at the edge is a sink token, even of the newest row
         return replace(scene.rows, seen=seen_at(scene.rows.distance, case.causal, window + step, case.sink_tokens))
 
     return change

@@ -242,6 +242,17 @@ EMULATED: dict[str, tuple[dict[str, Any], list[Callable[[Staged], tuple[torch.Te
 }
 
 
+@pytest.mark.parametrize("seq_len", [19, 20, 21])
+def test_a_window_edge_among_the_sink_tokens_is_no_edge(seq_len: int) -> None:
+    """The window of 16 and 4 sink tokens overlap, meet, or leave one key out."""
+    staged = stage(make(rows=Rows("decode", (1,), (seq_len - 1,)), sliding_window=16, sink_tokens=4))
+    edges, dropped = staged.effect("window_edges"), staged.effect("sink_tokens")
+    assert (edges.size is None) == (seq_len == 19)
+    assert edges.size is None or edges.size > MARGIN
+    assert dropped.size is not None
+    assert dropped.size > MARGIN
+
+
 def test_every_fault_of_a_matrix_has_a_model_and_every_model_a_test() -> None:
     assert list(FAULT_MODELS) == list(FAULTS)
     assert set(EMULATED) == set(FAULTS)
