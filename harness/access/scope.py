@@ -16,6 +16,7 @@ import torch
 from harness.access.grid import Grid, Ints, cache_grid
 from harness.cache.build import KVCache
 from harness.cache.page_table import page_ids
+from harness.cache.window import dead_columns
 from harness.case import Case
 from harness.kernel.arguments import LaunchArguments
 from harness.kernel.contract import Contract
@@ -164,16 +165,9 @@ class _Lengths:
         lens = zip(case.rows.query_lens, case.rows.context_lens, strict=True)
         cached = tuple(contract.content.cached_len(q, c) for q, c in lens)
         pages = tuple(-(-n // case.page_size) for n in cached)
-        if contract.window_pages != "dead":
-            return cls(cached, pages, (0,) * len(cached), (0,) * len(cached))
-        rows = Rows.of(case)
-        oldest = (int(rows.first[rows.sequence == seq].min(initial=n)) for seq, n in enumerate(cached))
-        sinks = (int(rows.sinks[rows.sequence == seq].max(initial=0)) for seq in range(len(cached)))
-        alive = tuple(first // case.page_size * case.page_size for first in oldest)
-        leading = tuple(
-            min(-(-n // case.page_size) * case.page_size, first) for n, first in zip(sinks, alive, strict=True)
-        )
-        return cls(cached, pages, alive, leading)
+        dead = dead_columns(case, contract.content, contract.window_pages)
+        alive = tuple(columns.stop * case.page_size for columns in dead)
+        return cls(cached, pages, alive, tuple(columns.start * case.page_size for columns in dead))
 
 
 def _table(table: torch.Tensor, room: int, lengths: _Lengths) -> Scope | None:
