@@ -16,12 +16,23 @@ import torch
 
 from harness.cache.content import Content
 from harness.case import Case
+from harness.oracle.payload_faults import (
+    ENCODINGS,
+    OTHER_HEADS,
+    OTHER_SLOTS,
+    Change,
+    no_8_bit_output,
+    no_8_bit_query,
+    one_head,
+    one_slot,
+    output_scale_dropped,
+    q_descale_dropped,
+)
 from harness.oracle.scene import PLACES, Outcome, Rows, Scene, per_head, seen_at
 
 GAIN = 1.02  # of the faults that scale: about what the descales of two neighbouring pages differ by
 SPLIT_TILES = (16, 64)  # keys per tile of a split: kernels give whole tiles to a split
 
-Change = Callable[[Scene], Rows | Outcome | None]
 Excuse = Callable[[Case, Content], str | None]  # why a case cannot have the fault, or None
 
 
@@ -98,13 +109,20 @@ def _page_swap(place: Callable[[range], int]) -> Change:
     return change
 
 
+def _under_one_descale(scene: Scene, place: Callable[[range], int]) -> slice | None:
+    """Cached tokens whose descale is wrong where one is: a page, but all tokens where a head has one descale."""
+    if not scene.cached_pages:
+        return None
+    return slice(0, scene.cached_len) if scene.case.descales_per == "head" else scene.slots(place(scene.cached_pages))
+
+
 def _k_descale(place: Callable[[range], int]) -> Change:
     def change(scene: Scene) -> Rows | None:
-        pages = scene.cached_pages
-        if not pages:
+        slots = _under_one_descale(scene, place)
+        if slots is None:
             return None
         dots = scene.rows.dots.clone()
-        dots[..., scene.slots(place(pages))] *= GAIN
+        dots[..., slots] *= GAIN
         return replace(scene.rows, dots=dots)
 
     return change
@@ -112,11 +130,11 @@ def _k_descale(place: Callable[[range], int]) -> Change:
 
 def _v_descale(place: Callable[[range], int]) -> Change:
     def change(scene: Scene) -> Rows | None:
-        pages = scene.cached_pages
-        if not pages:
+        slots = _under_one_descale(scene, place)
+        if slots is None:
             return None
         v = scene.rows.v.clone()
-        v[:, scene.slots(place(pages))] *= GAIN
+        v[:, slots] *= GAIN
         return replace(scene.rows, v=v)
 
     return change
@@ -222,6 +240,10 @@ def _no_descale(case: Case, content: Content) -> str | None:
     return "no token is in the cache" if _cached_tokens(case, content) == 0 else None
 
 
+def _both(first: Excuse, second: Excuse) -> Excuse:
+    return lambda case, content: first(case, content) or second(case, content)
+
+
 def _no_window(case: Case, content: Content) -> str | None:
     if case.sliding_window is None:
         return "no window"
@@ -283,6 +305,16 @@ FAULT_MODELS: Mapping[str, Fault] = {
         Fault("k_descale", _no_descale, _at_places(_k_descale), _FEWER_PAGES, graded=True),
         Fault("v_descale", _no_descale, _at_places(_v_descale), _FEWER_PAGES, graded=True),
         Fault("scale_dropped", _no_descale, {"of K": _k_scale_dropped, "of V": _v_scale_dropped}, "descales: loud"),
+        Fault(
+            "descale_head",
+            _both(_no_descale, one_head),
+            OTHER_HEADS,
+            "descales: loud",
+        ),
+        Fault("descale_slot", _both(_no_descale, one_slot), OTHER_SLOTS, "descales: loud, or shorter rows"),
+        Fault("encoding", _no_descale, ENCODINGS, "values far above the tolerance: data: normal"),
+        Fault("q_descale", no_8_bit_query, {"": q_descale_dropped}, "scores that differ: data: normal"),
+        Fault("output_scale", no_8_bit_output, {"": output_scale_dropped}, "data: normal"),
         Fault("softmax_scale", _never, {"": _softmax_scale}, "scores that differ: data: probe", graded=True),
         Fault("gqa_mapping", _one_mapping, {"": _gqa_mapping}, "values that differ by head: data: normal"),
         Fault(
