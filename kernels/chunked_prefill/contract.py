@@ -15,6 +15,8 @@ _COMMON = frozenset({
     "strided_cache", "strided_inputs", "queries_before_keys",
 })  # fmt: skip
 _PREFILL_TOO = _COMMON | {"prefill"}
+_KV_DTYPES = frozenset({"auto", "fp8_e4m3", "fp8_e4m3fnuz", "fp8_e5m2", "fp8_e5m2fnuz", "int8"})
+_DESCALES_PER = frozenset({"tensor", "head"})
 _INSTALL = "Install triton 3.6 or newer; on a CPU it runs under the interpreter (TRITON_INTERPRET=1)."
 
 
@@ -31,6 +33,8 @@ KERNELS: tuple[Contract, ...] = (
         about="prefill over a paged prefix; new tokens arrive as k and v",
         entry="prefix_prefill.py:launch",
         content=Content.CONTEXT,
+        kv_dtypes=_KV_DTYPES,
+        descales_per=_DESCALES_PER,
         features=_PREFILL_TOO,
         launches=("prefix_prefill_kernel",),
         needs=("triton",),
@@ -42,6 +46,8 @@ KERNELS: tuple[Contract, ...] = (
         about="one query token per row; the whole row is in the cache",
         entry="paged_decode.py:launch",
         content=Content.ALL,
+        kv_dtypes=_KV_DTYPES,
+        descales_per=_DESCALES_PER,
         features=_COMMON,
         launches=("paged_decode_kernel",),
         needs=("triton",),
@@ -53,6 +59,8 @@ KERNELS: tuple[Contract, ...] = (
         about="mixed batches: prefix_prefill for prefill rows, paged_decode for decode rows",
         entry="chunked_prefill_paged_decode.py:launch",
         content=Content.BY_PHASE,
+        kv_dtypes=_KV_DTYPES,
+        descales_per=_DESCALES_PER,
         features=_PREFILL_TOO,
         launches=("prefix_prefill_kernel", "paged_decode_kernel"),
         takes=_takes,
