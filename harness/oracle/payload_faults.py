@@ -92,11 +92,13 @@ def _other_head(which: str) -> Change:
     return change
 
 
-def _other_slot(which: str, place: Callable[[range], int]) -> Change:
+def _other_slot(which: str, place: Callable[[range], int] | None) -> Change:
+    """On one page, or on all where `place` is None."""
+
     def change(scene: Scene) -> Rows | None:
         if not scene.cached_pages:
             return None
-        slots = scene.slots(place(scene.cached_pages))
+        slots = slice(0, scene.cached_len) if place is None else scene.slots(place(scene.cached_pages))
         keys = slice(max(slots.start, 1), slots.stop)
         if keys.start >= keys.stop:
             return None
@@ -120,6 +122,9 @@ OTHER_HEADS: Mapping[str, Change] = {f"of {which.upper()}": _other_head(which) f
 OTHER_SLOTS: Mapping[str, Change] = {
     f"of {which.upper()}, {label}": _other_slot(which, place) for which in "kv" for label, place in PLACES.items()
 }
+
+
+EVERY_OTHER_SLOT: Mapping[str, Change] = {f"of {which.upper()}": _other_slot(which, None) for which in "kv"}
 
 
 def one_head(case: Case, content: Content) -> str | None:
