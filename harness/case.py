@@ -46,6 +46,11 @@ class Placement:
     name: str = "shuffled"
     pages: tuple[tuple[int, ...], ...] = ()  # explicit only: page ids per sequence
 
+    @property
+    def repeats(self) -> bool:
+        """Whether some sequence has a page twice; all its logical pages then hold the same tokens."""
+        return any(len(set(pages)) < len(pages) for pages in self.pages)
+
 
 @dataclass(frozen=True)
 class Case:
@@ -65,9 +70,9 @@ class Case:
     head_size: int = 128
     head_size_v: int | None = None  # None: the same as head_size
     page_size: int = 16
-    layout: str = "linear_nhd"  # linear_nhd | vllm_classic
+    layout: str = "linear_nhd"  # linear_nhd | linear_3d | hnd | vllm_classic | vectorized (harness.layout)
     strides: str = "compact"  # compact | cache (strided cache views) | all (q, k, v, out too)
-    page_table: str = "block_table"
+    page_table: str = "block_table"  # block_table [num_seqs, max_pages] | kv_indices: kv_indptr, kv_page_indices
     table_padding: str = "poison_page"  # poison_page | out_of_range | exact
     tail: str = "nan"  # nan | loud: what lies behind the last token of a live page
     sliding_window: int | None = None  # keys a query sees, itself included
@@ -78,6 +83,8 @@ class Case:
     num_splits: int | None = None  # None: the kernel's own path without split-KV
     scale_factor: float = 1.125  # of the softmax scale, in 1/sqrt(head_size): not 1, so that a built-in scale shows
     placement: Placement = Placement()
+    num_pages: int | None = None  # size of the pool; None: as many as the placement needs, and a few more
+    pool: str = "auto"  # auto | dense | aliased (harness.cache.page_pool)
     boundary: str | None = None  # where the pages of a boundary probe lie (harness.problem.boundary); None: no probe
     boundary_target: str = "kv"  # kv | k | v: whose addresses reach the boundary
     boundary_position: str = "straddling"  # straddling | below | above | far

@@ -20,7 +20,7 @@ class LawError(AttnregError):
 
 
 class PlacementError(AttnregError):
-    """A placement that does not fit the lengths of the case."""
+    """A placement or layout that does not fit the lengths of the case."""
 
 
 class SetupBug(AttnregError):
@@ -41,6 +41,10 @@ class KernelRaised(AttnregError):
 
 class OutOfMemory(AttnregError):
     """The kernel under test asked for memory of host or device that could not be had; the cause is chained."""
+
+
+class DeviceMemoryError(MemoryError):
+    """Memory of a device that a pool could not have; a MemoryError of any other kind is about the host's."""
 
 
 def first_line(error: BaseException) -> str:

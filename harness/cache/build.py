@@ -14,8 +14,10 @@ import torch
 
 from harness.cache.content import Content, is_decode
 from harness.cache.descale_buffers import block_descale, tensor_scale, token_descale
-from harness.cache.layouts import allocate, as_stored, by_slot, cache_shape
-from harness.cache.placement import Placed, page_table, place
+from harness.cache.layouts import by_slot
+from harness.cache.page_pool import allocate_pages
+from harness.cache.page_table import PageTable, block_table, kv_indices
+from harness.cache.placement import Placed, place
 from harness.cache.poison import poison_bits, poisoned, tail_bits
 from harness.cache.pool import Pool, dense_pool
 from harness.cache.positions import key_positions, new_token_keys
@@ -23,17 +25,18 @@ from harness.cache.probe import Decoy, Live, plant_decoys, reserve
 from harness.cache.quantise import bits_of, quantise
 from harness.cache.table_probe import Entries, reaching_table
 from harness.dtypes import element_type
+from harness.layout import cache_shape
 from harness.problem.boundary import cache_geometry, table_geometry
 from harness.problem.problem import Problem
 
 
 @dataclass(frozen=True)
 class KVCache:
-    """What is handed over, and what it is meant to hold (see harness.cache.layouts for the shapes of k and v)."""
+    """What is handed over, and what it is meant to hold (see harness.layout for the shapes of k and v)."""
 
     k: torch.Tensor
     v: torch.Tensor
-    block_table: torch.Tensor  # [num_seqs, max_pages] int32
+    block_table: torch.Tensor | None  # [num_seqs, max_pages] int32; None where the pages come as kv_page_indices
     seq_lens: torch.Tensor  # [num_seqs] int32
     query_start_loc: torch.Tensor  # [num_seqs + 1] int32
     k_scale: torch.Tensor  # [1] float32, NaN where descales come by page or token; [num_kv_heads] by head
@@ -49,9 +52,12 @@ class KVCache:
     kv_block_descale: torch.Tensor | None = None  # [num_pages, num_kv_heads, 2] float32, of K then V
     k_token_descale: torch.Tensor | None = None  # [num_pages, page_size, num_kv_heads] float32
     v_token_descale: torch.Tensor | None = None
+    kv_indptr: torch.Tensor | None = None  # [num_seqs + 1] int32, in pages (harness.cache.page_table)
+    kv_page_indices: torch.Tensor | None = None  # [total pages, then padding] int32
+    kv_last_page_len: torch.Tensor | None = None  # [num_seqs] int32
     pools: Mapping[str, Pool] = field(
         default_factory=dict
-    )  # of "k", "v", "table" where a boundary probe says where they lie
+    )  # of "k", "v" where they are aliased or a boundary probe says where they lie, as it may of "table"
     decoys: tuple[Decoy, ...] = ()  # what such a probe put where a wrong address would lead
 
     @property
@@ -70,7 +76,7 @@ def build_cache(
     """The cache of `problem` for a kernel of class `content`, on the device of the problem.
 
     `cached_lens` (default: what `content` demands) and `poison` plant set-up faults. Raises PlacementError, and
-    MemoryError where the addresses of a boundary probe cannot be had.
+    MemoryError where a pool cannot be had.
     """
     case, device = problem.case, problem.q.device
     stored, placed = element_type(case.stored_dtype), place(case)
@@ -83,17 +89,18 @@ def build_cache(
     live = live_tokens(problem, placed.pages, cached_lens)
     made = {name: _fill(problem, name, payloads[name], placed, live, poison) for name in payloads}
     pools = {name: pool for name, (_, pool, _) in made.items() if pool is not None}
-    table = page_table(placed, case.table_padding, device)
-    if reach := table_geometry(case):
+    table = _page_table(problem, placed)
+    if (reach := table_geometry(case)) and table.block_table is not None:
         entries = Entries.of(tuple(cached_lens), case.page_size, device)
-        table, pools["table"] = reaching_table(table, reach, entries)
+        far, pools["table"] = reaching_table(table.block_table, reach, entries)
+        table = PageTable(far)
     query_start = [0]
     for query_len in case.rows.query_lens:
         query_start.append(query_start[-1] + query_len)
     return KVCache(
         k=made["k"][0],
         v=made["v"][0],
-        block_table=table,
+        block_table=table.block_table,
         seq_lens=torch.tensor(case.rows.seq_lens, dtype=torch.int32, device=device),
         query_start_loc=torch.tensor(query_start, dtype=torch.int32, device=device),
         k_scale=tensor_scale(problem, "k"),
@@ -109,6 +116,9 @@ def build_cache(
         kv_block_descale=block_descale(problem, placed),
         k_token_descale=token_descale(problem, "k", placed, live),
         v_token_descale=token_descale(problem, "v", placed, live),
+        kv_indptr=table.kv_indptr,
+        kv_page_indices=table.kv_page_indices,
+        kv_last_page_len=table.kv_last_page_len,
         pools=pools,
         decoys=made["k"][2] + made["v"][2],
     )
@@ -135,7 +145,7 @@ def live_tokens(problem: Problem, placed: Sequence[Sequence[int]], cached_lens: 
 def _fill(
     problem: Problem, which: str, payload: torch.Tensor, placed: Placed, live: Live, poison: float
 ) -> tuple[torch.Tensor, Pool | None, tuple[Decoy, ...]]:
-    """K or V with the `live` tokens of `payload` [num_keys, heads, dim]; for boundary probes its pool and decoys."""
+    """K or V with the `live` tokens of `payload` [num_keys, heads, dim]; its pool, unless dense; a probe's decoys."""
     case, device = problem.case, payload.device
     stored, page_size = element_type(case.stored_dtype), case.page_size
     heads, dim = payload.shape[1:]
@@ -143,16 +153,24 @@ def _fill(
     fill, pool = poison_bits(stored, poison), None
     at = cache_geometry(case)
     if at is None or which not in at.page_strides:
-        cache = allocate(case.layout, which, shape, stored, fill, case.strides != "compact", device)
+        used = {page for pages in placed.pages for page in pages}
+        cache, pool = allocate_pages(case, which, shape, stored, fill, used, device)
     else:
         cache, pool = reserve(problem, which, shape, stored, at, live, fill & 0xFF)
-    slots = bits_of(by_slot(cache, case.layout))  # [pages, page_size, heads, ...]
+    slots = by_slot(bits_of(cache), case.layout, which)
     flat_pages = torch.tensor([page for pages in placed.pages for page in pages], dtype=torch.int64, device=device)
-    slots[flat_pages] = tail_bits(stored, case.tail, poison)
-    slots[live.page, live.slot] = as_stored(bits_of(payload)[live.key], slots)
+    slots.view[flat_pages] = tail_bits(stored, case.tail, poison)
+    slots.store(live.page, live.slot, bits_of(payload)[live.key])
     if at is None or pool is None:
-        return cache, None, ()
+        return cache, pool, ()
     return cache, pool, plant_decoys(problem, which, cache, payload, live, at.low_bits[which])
+
+
+def _page_table(problem: Problem, placed: Placed) -> PageTable:
+    case, device = problem.case, problem.q.device
+    if case.page_table == "block_table":
+        return PageTable(block_table(placed, case.table_padding, device))
+    return kv_indices(placed, case.rows.seq_lens, case.page_size, case.table_padding, device)
 
 
 def _new_tokens(problem: Problem, values: torch.Tensor, content: Content) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Descales prove themselves: every one is read back through the block table before a kernel sees it.
+"""Descales prove themselves: every one is read back through the page table before a kernel sees it.
 
 Invariant: nothing here uses the builder's views. What is in use, by tensor, head, page or token, has the descale its
 payload was made with; every other float of the storage, stride gaps included, is NaN; and no buffer is there but those
@@ -15,6 +15,7 @@ import torch
 
 from harness.cache.build import KVCache
 from harness.cache.content import Content
+from harness.cache.page_table import page_ids
 from harness.errors import SetupBug
 from harness.problem.problem import Problem
 
@@ -85,14 +86,15 @@ def _parts(problem: Problem, cache: KVCache, content: Content, name: str, tensor
     for seq, (query_len, context_len) in enumerate(lens):
         if name == "kv_block_descale":
             columns = -(-max(query_len + context_len, 0) // page_size)
-            page = cache.block_table[seq, :columns].to(torch.int64)  # verified to lie in the pool
+            page = page_ids(cache, seq, columns).to(torch.int64)  # verified to lie in the pool
             inner = heads[:, None] * strides[1] + torch.arange(2, device=device) * strides[2]  # [heads, 2]
             offsets = start + page[:, None, None] * strides[0] + inner  # [columns, heads, 2]
             yield _Part(offsets, problem.descales[logical : logical + columns], _of_page(seq, page))
             logical += columns
         else:
             pos = torch.arange(content.cached_len(query_len, context_len), device=device)
-            page, slot = cache.block_table[seq, pos // page_size].to(torch.int64), pos % page_size
+            page = page_ids(cache, seq, -(-len(pos) // page_size))[pos // page_size].to(torch.int64)
+            slot = pos % page_size
             offsets = start + (page * strides[0] + slot * strides[1])[:, None] + heads * strides[2]  # [tokens, heads]
             first = problem.key_start[seq]
             want = problem.descales[first : first + len(pos), :, "kv".index(name[0])]

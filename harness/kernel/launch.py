@@ -32,12 +32,14 @@ if TYPE_CHECKING:
     from harness.interpreter.trace import Trace  # needs numpy, which comes with triton
 
 _INPUTS = (
-    "q", "k", "v", "k_cache", "v_cache", "block_table", "query_start_loc", "seq_lens",
+    "q", "k", "v", "k_cache", "v_cache", "block_table", "kv_indptr", "kv_page_indices", "kv_last_page_len",
+    "query_start_loc", "seq_lens",
     "k_scale", "v_scale", "kv_block_descale", "k_token_descale", "v_token_descale", "q_descale", "output_scale",
     "alibi_slopes", "sinks",
 )  # fmt: skip
 _TRACED = (
     "k_cache", "v_cache", "k", "v", "kv_block_descale", "k_token_descale", "v_token_descale", "block_table",
+    "kv_page_indices",
 )  # fmt: skip
 _TRACED_PER_HEAD = ("k_scale", "v_scale")
 
@@ -64,8 +66,8 @@ def launch(
 
     trace_accesses: keep what interpreted programs load of K, V, descales and page table, and who stored the outputs.
 
-    `pools` by argument name: those whose addresses reach further than their tensor. All of such a pool may be read: a
-    wrong address then reads a decoy, on a CPU as on a GPU, instead of ending the kernel.
+    `pools` by argument name: of arguments that are no plain tensors, aliased ones among them. Of a boundary probe all
+    of such a pool may be read: a wrong address then reads a decoy, on a CPU as on a GPU, instead of ending the kernel.
 
     Raises KernelRaised where the kernel raises, OutOfMemory where memory ran out in it; the error of a dead device
     context passes through as it is.
@@ -79,8 +81,10 @@ def launch(
             _call(launcher, args)
             ran: tuple[str, ...] = ()
         elif args.q.device.type == "cpu":
-            around = {f"surroundings of {name}": pool.bytes for name, pool in pools.items()}
-            room = {"block_table": contract.over_read("block_table")}  # of K and V it lies inside the cache
+            reaching = pools if case.boundary is not None else {}
+            around = {f"surroundings of {name}": pool.bytes for name, pool in reaching.items()}
+            tables = ("block_table", "kv_page_indices")  # room behind tokens of K and V lies inside the cache
+            room = {name: contract.over_read(name) for name in tables}
             trace = _new_trace(case) if trace_accesses else None
             ran, broken = _interpreted(launcher, args, {**inputs, **around}, outputs, program_order_seed, room, trace)
             violations += broken
@@ -170,9 +174,14 @@ def _which_ran(contract: Contract, case: Case, ran: tuple[str, ...]) -> list[str
         return ["no device kernel was launched: whatever the output holds, this kernel did not write it"]
     foreign = [name for name in ran if name not in contract.launches]
     missing = sorted(contract.must_launch(case) - set(ran))
-    return [f"launched {name}, which the contract of {contract.name} does not name" for name in foreign] + [
-        f"did not launch {name}, which the contract of {contract.name} says this case takes" for name in missing
-    ]
+    decided = None if contract.dispatch is None else contract.dispatch.of(case)
+    told = [f"launched {name}, which the contract of {contract.name} does not name" for name in foreign]
+    if contract.dispatch is None or decided is None:
+        return told + [f"did not launch {name}, as the contract of {contract.name} says it does" for name in missing]
+    astray = sorted((contract.dispatch.every_kernel - {*decided.kernels}) & set(ran))
+    why = f"against its dispatch '{contract.dispatch.name}': {decided.because}"
+    told += [f"did not launch {name}, {why}" for name in missing]
+    return told + [f"launched {name}, {why}" for name in astray]
 
 
 @contextmanager

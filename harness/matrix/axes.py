@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from yaml import MappingNode, Node, SequenceNode
 
 from harness.case import Case, Placement
+from harness.layout import LAYOUTS
 from harness.matrix.expression import Kind
 from harness.matrix.rows import SHARED_ROWS, RowMix, check_name, parse_mix
 from harness.matrix.source import (
@@ -39,6 +40,7 @@ KV_DTYPES = ("fp8_e4m3", "fp8_e4m3fnuz", "fp8_e5m2", "fp8_e5m2fnuz", "int8")
 FP8_DTYPES = KV_DTYPES[:-1]
 DESCALES_PER = ("tensor", "head", "page", "token")
 DESCALES = ("loud", "quiet", "equal", "one")
+POOLS = ("auto", "dense", "aliased")
 PLACEMENTS = ("shuffled", "sequential", "reversed", "shared_prefix")
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]*)")
 _NUMBER = re.compile(r"-?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
@@ -259,10 +261,10 @@ AXES: Mapping[str, Axis] = {
         _axis("out_dtype", Choice(("auto", *FP8_DTYPES)), "out", "what out is stored in, with one scale; auto: dtype"),
         _axis("sliding_window", Number(1, optional=True), "sw", "keys a query sees, itself included; none: all"),
         _axis("page_size", Number(1), "p", "tokens per KV page"),
-        _axis("layout", Choice(("linear_nhd", "vllm_classic")), "", "how (page, slot, head, dim) maps to storage"),
+        _axis("layout", Choice(tuple(LAYOUTS)), "", "how (page, slot, head, dim) maps to storage"),
         _axis("strides", Choice(("compact", "cache", "all")), "strided_", "which tensors are non-contiguous views"),
-        _axis("page_table", Choice(("block_table",)), "", "form of the page table"),
-        _axis("table_padding", Choice(("poison_page", "out_of_range", "exact")), "pad_", "page ids past a row's end"),
+        _axis("page_table", Choice(("block_table", "kv_indices")), "", "2-D page table or a list of pages"),
+        _axis("table_padding", Choice(("poison_page", "out_of_range", "exact")), "pad_", "page ids past the end"),
         _axis("tail", Choice(("nan", "loud")), "tail_", "what lies behind the last token of a live page"),
         _axis("causal", Flag(), "noncausal", "whether a query sees keys up to its own position only"),
         _axis("logits_soft_cap", Number(0, whole=False, optional=True, exclusive=True), "cap", "cap * tanh(s / cap)"),
@@ -271,6 +273,8 @@ AXES: Mapping[str, Axis] = {
         _axis("num_splits", Number(1, optional=True), "splits", "split-KV parts; none: the path without split-KV"),
         _axis("scale_factor", Number(0, whole=False, exclusive=True), "scale", "softmax scale times sqrt(head_size)"),
         _axis("placement", PlacementValue(), "", "which physical pages a sequence gets"),
+        _axis("num_pages", Number(1, optional=True), "pool", "pages of the pool; none: those needed and a few more"),
+        _axis("pool", Choice(POOLS), "", "memory of the pool; auto: aliased where it is large and mostly unused"),
         _axis(
             "boundary", Choice(BOUNDARIES, optional=True), "at_", "where the addresses of a probe lie; none: no probe"
         ),

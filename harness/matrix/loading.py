@@ -14,6 +14,7 @@ from typing import Any
 from harness.matrix.axes import AXES, Number, Vocabulary
 from harness.matrix.checking import check_tier
 from harness.matrix.conditions import read_expectations, read_rules
+from harness.matrix.dispatching import read_must_run, read_unreached
 from harness.matrix.matrix import FAULTS, NOISE_FLOORS, Matrix, Values
 from harness.matrix.reading import Entries, Reader
 from harness.matrix.rows import SHARED_ROWS, RowMix, parse_mixes
@@ -32,6 +33,8 @@ KEYS: Mapping[str, str] = {
     "margin": "how many tolerances a fault of must_see has to move some output by; 8 unless given",
     "legacy_tolerance": "{atol, rtol} of another test suite: attnreg audit measures with it, runs do not",
     "noise_floor": "report or fail: compare each case's error with that of its twin with one page per sequence",
+    "must_run": "the device kernels that cases meeting a condition launch; another one is a silent fallback",
+    "unreached": "branches of a kernel's dispatch that the sweep leaves out, each with a reason",
     "tiers": "which cases run when",
     "expect": "known failures, each with a reason, a link and a date",
 }
@@ -89,6 +92,8 @@ class _Loader(Reader):
         expectations = tuple(read_expectations(self, entries))
         margin, legacy_tolerance = self._margin(entries), self._legacy_tolerance(entries)
         noise_floor = self._noise_floor(entries)
+        must_run = tuple(read_must_run(self, entries))
+        unreached = tuple(read_unreached(self, entries))
         self.source.finish()
         matrix = Matrix(
             path,
@@ -103,6 +108,8 @@ class _Loader(Reader):
             self.spans,
             margin,
             legacy_tolerance,
+            must_run,
+            unreached,
             noise_floor,
         )
         noted: set[Span] = set()

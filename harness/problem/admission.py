@@ -1,7 +1,7 @@
-"""Which data law, which descales and which placement fit which case, decided from the axes alone, without torch.
+"""Which data law, descales, layout and placement fit which case, decided from the axes alone, without torch.
 
-Invariant: whatever `law_refusal`, `descales_refusal` and `placement_refusal` let through either builds, or fails later
-for a reason that only the drawn data show (a needle beyond the range of float16, two keys stored alike).
+Invariant: whatever the functions `..._refusal` let through either builds, or fails later for a reason that only the
+drawn data show (a needle beyond the range of float16, two keys stored alike).
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 
 from harness.case import Case
+from harness.dtypes import element_type
+from harness.layout import VECTOR_BYTES, WHOLE_VECTORS
 from harness.problem.boundary import boundary_refusal
 
 AUTO = "auto"  # stands for a law that is chosen for each case, when it runs
@@ -29,6 +31,7 @@ LAWS: dict[str, str] = {
     "tiny": "uniform in +-0.001, as some test suites draw; exists to show what it is blind to",
 }
 NEEDLES = frozenset({"needle", "needle_edges"})
+BY_POSITION = NEEDLES | {"rising", "falling", "bar_codes"}  # tell each token of a sequence from all others
 STRUCTURED = NEEDLES | {"uniform", "bar_codes", "tiny"}  # equal softmax weights or values: errors are not independent
 DESCALES: dict[str, str] = {
     "loud": "log-uniform over a factor of 32, K and V independent: any mix-up is a gross error; per tensor: apart",
@@ -55,6 +58,8 @@ def law_refusal(case: Case) -> str | None:
     law, cap = case.data, case.logits_soft_cap
     if law not in LAWS:
         return f"unknown data law '{law}'; known: {', '.join(LAWS)}"
+    if law in BY_POSITION and case.placement.repeats:
+        return f"{law}: placement '{case.placement.name}' has the same tokens at two places of a sequence"
     if law in NEEDLES and case.q_dtype != "auto":
         return f"{law}: a query of 8 bits is not exactly a multiple of a key"
     if law in NEEDLES and cap is not None:
@@ -86,18 +91,32 @@ def descales_refusal(case: Case) -> str | None:
     return None
 
 
+def layout_refusal(case: Case) -> str | None:
+    """Why a cache of `case` cannot have its layout, in one sentence; None where it can."""
+    if case.layout == "linear_3d" and case.page_size != 1:
+        return f"linear_3d: a page is one token, not {case.page_size}"
+    if case.layout in WHOLE_VECTORS:
+        x = VECTOR_BYTES // element_type(case.stored_dtype).size
+        for what, length in (("page_size", case.page_size), ("head_size", case.head_size)):
+            if length % x:
+                return f"{case.layout}: {what} {length} is no multiple of {x}, a vector of {case.stored_dtype}"
+    return None
+
+
 def placement_refusal(case: Case) -> str | None:
-    """Why the placement or the boundary of `case` does not fit its lengths, in one sentence; None where it does."""
+    """Why the placement, the pool or the boundary of `case` does not fit its lengths, in one sentence; None where they
+    do.
+    """
     placement, lens = case.placement, ", ".join(map(str, case.rows.context_lens))
     if reason := boundary_refusal(case):
         return reason
     if placement.kind == "shared_prefix" and not shared_prefix_len(case):
         return f"shared_prefix: no whole page of {case.page_size} tokens fits every context (context_lens {lens})"
-    if placement.kind == "explicit":
-        return _explicit_refusal(case)
-    if placement.kind not in ("shuffled", "sequential", "reversed", "shared_prefix"):
+    if placement.kind == "explicit" and (reason := _explicit_refusal(case)):
+        return reason
+    if placement.kind not in ("shuffled", "sequential", "reversed", "shared_prefix", "explicit"):
         return f"unknown placement '{placement.kind}'; known: shuffled, sequential, reversed, shared_prefix, explicit"
-    return None
+    return _pool_refusal(case)
 
 
 def shared_prefix_len(case: Case) -> int:
@@ -113,6 +132,13 @@ def pages_needed(case: Case) -> tuple[int, ...]:
     return tuple(-(-max(seq_len, 0) // case.page_size) for seq_len in case.rows.seq_lens)
 
 
+def first_holders(case: Case) -> tuple[tuple[int, ...], ...]:
+    """By sequence and logical page, the first logical page of the sequence on the same physical one: mostly itself."""
+    if not case.placement.repeats:
+        return tuple(tuple(range(count)) for count in pages_needed(case))
+    return tuple(tuple(map(pages.index, pages)) for pages in case.placement.pages)
+
+
 def _explicit_refusal(case: Case) -> str | None:
     placement, needed = case.placement, pages_needed(case)
     if len(placement.pages) != len(needed):
@@ -123,7 +149,25 @@ def _explicit_refusal(case: Case) -> str | None:
     ids = [page for pages in placement.pages for page in pages]
     if any(page < 0 for page in ids):
         return f"placement '{placement.name}': page ids must not be negative"
-    if len(set(ids)) != len(ids):
-        twice = next(page for i, page in enumerate(ids) if page in ids[:i])
-        return f"placement '{placement.name}': page {twice} is given twice"
+    by_sequence = [page for pages in placement.pages for page in set(pages)]
+    if len(set(by_sequence)) != len(by_sequence):
+        shared = next(page for i, page in enumerate(by_sequence) if page in by_sequence[:i])
+        return f"placement '{placement.name}': page {shared} is given to two sequences"
+    if case.num_pages is not None and ids and max(ids) >= case.num_pages:
+        return f"placement '{placement.name}': page {max(ids)} lies beyond a pool of {case.num_pages} pages (num_pages)"
     return None
+
+
+def _pool_refusal(case: Case) -> str | None:
+    """A pool holds page 0, the pages of the batch, and one page of poison that padding may name."""
+    if case.num_pages is None:
+        return None
+    if case.placement.kind == "explicit":
+        taken = len({page for pages in case.placement.pages for page in pages} | {0})
+    else:
+        holders = sum(context_len > 0 for context_len in case.rows.context_lens)
+        again = max(holders - 1, 0) * (shared_prefix_len(case) // case.page_size)
+        taken = 1 + sum(pages_needed(case)) - again
+    if case.num_pages > taken:
+        return None
+    return f"num_pages {case.num_pages}: page 0, the pages of the batch and an unused one need at least {taken + 1}"

@@ -53,6 +53,8 @@ def boundary_refusal(case: Case) -> str | None:
     """Why `case` cannot probe its boundary, in one sentence; None where it can, or has none."""
     if case.boundary is None:
         return None
+    if case.num_pages is not None:
+        return f"boundary {case.boundary}: it says itself how large the pool is: leave num_pages at none"
     name, target = f"boundary {case.boundary}", case.boundary_target
     if target in ("out", "table"):
         return _rows_refusal(case)
@@ -138,6 +140,8 @@ def _rows_refusal(case: Case) -> str | None:
     count = case.rows.num_tokens if case.boundary_target == "out" else case.rows.num_seqs
     if (case.boundary or "").startswith("page"):
         return f"{name}: only K and V have page ids"
+    if case.boundary_target == "table" and case.page_table != "block_table":
+        return f"{name}: only a block_table has rows that can lie far apart"
     if case.out_dtype != "auto" and case.boundary_target == "out":
         return f"{name}: its output has the dtype of the case: leave out_dtype at auto"
     if count < 2 or case.strides != "compact":

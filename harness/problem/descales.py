@@ -1,7 +1,7 @@
 """Descales of a quantised cache and of an 8-bit query: what a stored payload is multiplied by to get the value.
 
-Invariant: no value leaves the range of the stored type at its descale, but for descales `one`; pages and tokens of a
-shared prefix have one descale, however many sequences hold them; nothing here knows where a page will lie.
+Invariant: no value leaves the range of the stored type at its descale, but for descales `one`; a page, or a token of
+it, has one descale, however many sequences hold it, or how often one does; nothing here knows where a page will lie.
 
 Descales come in groups: all keys are one group where there is one descale per tensor or per head, the keys of a page
 are one, or each key is its own.
@@ -14,7 +14,7 @@ import torch
 from harness.case import Case
 from harness.dtypes import element_type
 from harness.problem import random
-from harness.problem.admission import pages_needed, shared_prefix_len
+from harness.problem.admission import first_holders, pages_needed, shared_prefix_len
 from harness.problem.spans import key_start
 
 _BETWEEN = {"k": (0.02, 0.15), "v": (0.25, 0.9), "q": (0.02, 0.15)}  # apart from each other and from 1: payloads of
@@ -116,17 +116,21 @@ def _enough(case: Case, values: torch.Tensor, shape: tuple[int, int]) -> torch.T
 
 
 def _owners(case: Case) -> torch.Tensor:
-    """The group whose descale each has: itself, but for a shared prefix that of the first holder; int64 [groups]."""
+    """The group whose descale each has: the first on the same page, and for tokens in the same slot; int64 [groups]."""
     if case.descales_per == "head":
         return torch.zeros(1, dtype=torch.int64)
     prefix = shared_prefix_len(case)
     if case.descales_per == "token":
-        first, shared = list(key_start(case.rows)), prefix
+        first, shared, per_page = list(key_start(case.rows)), prefix, case.page_size
     else:
-        needed, shared = pages_needed(case), prefix // case.page_size
+        needed, shared, per_page = pages_needed(case), prefix // case.page_size, 1
         first = [sum(needed[:seq]) for seq in range(len(needed) + 1)]
     holders = [seq for seq, context_len in enumerate(case.rows.context_lens) if context_len > 0]
     owner = torch.arange(first[-1])
+    if case.placement.repeats:
+        for start, end, pages in zip(first, first[1:], first_holders(case), strict=False):
+            group = torch.arange(end - start)
+            owner[start:end] = start + torch.tensor(pages)[group // per_page] * per_page + group % per_page
     for seq in holders[1:]:
         owner[first[seq] : first[seq] + shared] = owner[first[holders[0]] : first[holders[0]] + shared]
     return owner

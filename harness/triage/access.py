@@ -16,7 +16,8 @@ _NOUNS = {
     "k_cache": "K", "v_cache": "V", "k": "new K", "v": "new V", "kv_block_descale": "descales", "out": "out",
     "k_token_descale": "K descale", "v_token_descale": "V descale", "k_scale": "K descale", "v_scale": "V descale",
 }  # fmt: skip
-_PLACES = {"kv_block_descale": "page slot", "block_table": "entry", "out": "token"}
+_PLACES = {"kv_block_descale": "page slot", "block_table": "entry", "kv_page_indices": "entry", "out": "token"}
+_TABLES = ("block_table", "kv_page_indices")
 _KINDS = {
     "never_read": ("never read", "which {tokens} must see"),
     "behind_end": ("read too far", "behind its last cached token"),
@@ -39,7 +40,7 @@ def tell_accesses(found: Sequence[AccessFinding]) -> list[str]:
 
 def _what(one: AccessFinding) -> str:
     kind, note = _KINDS[one.kind]
-    if one.buffers == ("block_table",) and one.kind == "behind_end":
+    if one.buffers[0] in _TABLES and one.kind == "behind_end":
         note = "behind its last page"
     text = f"{kind}: {_noun(one)}"
     return text + (f", {note.format(tokens=_tokens(one))}" if note else "")
@@ -47,7 +48,7 @@ def _what(one: AccessFinding) -> str:
 
 def _noun(one: AccessFinding) -> str:
     """The memory: buffer, place, physical place, owner."""
-    name = "page table" if one.buffers == ("block_table",) else " and ".join(_NOUNS[buffer] for buffer in one.buffers)
+    name = "page table" if one.buffers[0] in _TABLES else " and ".join(_NOUNS[buffer] for buffer in one.buffers)
     if one.kind == "gap":
         return name
     if one.dims:

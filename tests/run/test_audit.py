@@ -186,7 +186,7 @@ def test_nothing_to_audit_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_kernels_whose_contracts_are_code_are_audited_by_other_processes(capsys: pytest.CaptureFixture[str]) -> None:
     """The contract of this kernel holds a function of its own module, which another process cannot import by name."""
-    assert KERNELS["chunked_prefill_paged_decode"].takes is not None
+    assert KERNELS["chunked_prefill_paged_decode"].dispatch is not None
     assert main(["audit", str(LEGACY), "--workers", "2"]) == 1
     assert "1 case, 1 blind: 8 of 8 effects below what is wanted" in capsys.readouterr().out
 
