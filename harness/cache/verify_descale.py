@@ -26,6 +26,7 @@ _BUFFERS = {  # name: granularities that hand it over
     "k_token_descale": ("token",),
     "v_token_descale": ("token",),
 }
+_UNREAD = "a finite descale hides that it is read"
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,12 @@ def _verify(name: str, tensor: torch.Tensor, parts: Iterator[_Part]) -> None:
         wrong = ((got != part.want) & ~(got.isnan() & part.want.isnan())).nonzero()
         if len(wrong):
             index = wrong[0].tolist()
+            want = float(part.want[tuple(index)])
             raise SetupBug(
                 name,
-                f"{float(part.want[tuple(index)]):g}{part.whose(index)}",
+                f"{'NaN' if math.isnan(want) else f'{want:g}'}{part.whose(index)}",
                 _describe(float(got[tuple(index)]), name, tensor),
-                "the descale that the payload was quantised with",
+                _UNREAD if math.isnan(want) else "the descale that the payload was quantised with",
             )
     stray = (~flat.isnan() & untouched).nonzero()
     if len(stray):
@@ -74,7 +76,7 @@ def _verify(name: str, tensor: torch.Tensor, parts: Iterator[_Part]) -> None:
             name,
             f"NaN in {where} where no sequence has a descale",
             f"{float(flat[stray[0]]):g}",
-            "a finite descale hides that it is read",
+            _UNREAD,
         )
 
 
@@ -122,15 +124,11 @@ def _scales(problem: Problem, name: str, tensor: torch.Tensor) -> _Part:
     offsets = int(tensor.storage_offset()) + torch.arange(len(want), device=want.device) * tensor.stride(0)
     if len(tensor) != len(want):
         raise SetupBug(name, f"{len(want)} descales", f"{len(tensor)}")
-    return _Part(offsets, want, _of_head if problem.case.descales_per == "head" else _of_cache)
-
-
-def _of_cache(at: list[int]) -> str:
-    return ", which the cache was quantised with"
-
-
-def _of_head(at: list[int]) -> str:
-    return f" for kv head {at[0]}"
+    per = problem.case.descales_per
+    if per == "head":
+        return _Part(offsets, want, lambda at: f" for kv head {at[0]}")
+    why = "which the cache was quantised with" if per == "tensor" else f"as descales come by {per}"
+    return _Part(offsets, want, lambda at: f", {why}")
 
 
 def _of_page(seq: int, page: torch.Tensor) -> Callable[[list[int]], str]:
