@@ -41,8 +41,8 @@ def reaching_rows(
     cells: Cells,
     decoy: Callable[[int], torch.Tensor],
 ) -> tuple[torch.Tensor, Pool, tuple[Decoy, ...]]:
-    """`content` [n, ...] as far apart as `at` says, its pool, and what lies where faults would read. The `rows` [k] have
-    the content and keep it, the others are poison.
+    """`content` [n, ...] as far apart as `at` says, its pool, and what lies where faults would read. Of its rows `rows`
+    [k] are there and stay what they are, the others are poison.
 
     `decoy` gives, for numbers from 1 up, what stands in for the elements of `cells`: [n, m]. Raises MemoryError.
     """

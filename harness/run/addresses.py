@@ -155,7 +155,7 @@ def _misreads(setup: Setup) -> Iterator[Misread]:
     problem, cache = setup.problem, setup.cache
     if problem.case.boundary is None:
         return
-    live = live_tokens(problem, cache.pages, cache.cached_lens)
+    live = live_tokens(problem, cache.pages, cache.cached_lens, cache.dead_pages)
     if at := cache_geometry(problem.case):
         for fault in FAULTS:
             for which in at.page_strides.keys() & {"k", "v"}:

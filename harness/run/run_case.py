@@ -30,6 +30,7 @@ from harness.interpreter import prepare
 from harness.kernel.buffer_map import write_buffer_map
 from harness.kernel.contract import Contract
 from harness.kernel.failures import memory_shortage
+from harness.kernel.fences import NO_FENCES, Fences
 from harness.kernel.launch import LaunchResult, input_tensors, launch
 from harness.kernel.registry import code_home, load_entry
 from harness.matrix.matrix import MustRun
@@ -69,6 +70,7 @@ class Options:
     geometry_seed: int | None = None
     demand: Demand = NO_DEMAND  # what the matrix demands to be seen
     access_trace: bool = True  # of interpreted kernels; compiled ones cannot be traced
+    fences: Fences = NO_FENCES  # buffers with nothing mapped around them: for processes that may end
     buffer_map: Path | None = None  # where the addresses of the buffers are written before the launch
     twice: bool = False  # launch once more in another order of programs, and compare bits
     noise_floor: str = "off"  # off | report | fail: whether errors are compared with those of a case's twin
@@ -167,7 +169,7 @@ def _judged(case: Case, contract: Contract, options: Options, watch: Stopwatch) 
             problem = options.plant.problem(build_problem(case, watch.device))
             contract = contract.of_output(case.out_dtype, problem.output_scale)
         with watch.phase("cache"):
-            setup = build_arguments(problem, contract, options.plant)
+            setup = build_arguments(problem, contract, options.plant, options.fences)
             if options.contract_checks:
                 check_setup(setup, contract)
     except SetupBug as bug:
@@ -212,7 +214,7 @@ def _launched(contract: Contract, setup: Setup, options: Options, watch: Stopwat
         untraced = untraceable(case, watch.device, asked=options.access_trace)
         if options.buffer_map is not None:
             outputs = {output.name: output.tensor for output in setup.outputs}
-            write_buffer_map(options.buffer_map, {**input_tensors(setup.args), **outputs})
+            write_buffer_map(options.buffer_map, {**input_tensors(setup.args), **outputs}, setup.fenced)
         with watch.phase("launch"):
             result = launch(
                 contract,
