@@ -113,6 +113,7 @@ def run_case(case: Case, contract: Contract, options: Options) -> Verdict:
     case = options.plant.case(_reseeded(case, options))
     if why := refuted(case, contract, options.must_run):  # other seeds than the matrix's may draw another batch
         return Verdict(Outcome.TEST_BUG, f"before launch: {why}")
+    contract = contract.rounding_as(case)
     device = resolve_device(options.device)
     watch = Stopwatch(device)
     law = ""
