@@ -37,6 +37,7 @@ DATA_LAWS = (
     "needle_edges", "rising", "falling", "large", "biased", "bar_codes", "tiny",
 )  # fmt: skip
 DESCALES = ("per_tensor", "quiet", "loud", "one")
+TWIN_AXES = ("layout", "page_table", "table_padding", "strides")  # they move bytes, and nothing else
 PLACEMENTS = ("shuffled", "sequential", "reversed", "shared_prefix")
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]*)")
 _NUMBER = re.compile(r"-?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
