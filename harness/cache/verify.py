@@ -157,10 +157,10 @@ def _slots_in_use(problem: Problem, cache: KVCache, content: Content, count: int
     for seq, (query_len, context_len) in enumerate(zip(rows.query_lens, rows.context_lens, strict=True)):
         seq_len = max(query_len + context_len, 0)
         pos = torch.arange(-(-seq_len // page_size) * page_size, device=device)
-        count = len(pos) // page_size
-        ids = page_ids(cache, seq, count)
-        if len(ids) < count or not bool(((ids >= 0) & (ids < cache.num_pages)).all()):
-            expected = f"{count} page ids in [0, {cache.num_pages}) for sequence {seq}"
+        needed = len(pos) // page_size
+        ids = page_ids(cache, seq, needed)
+        if len(ids) < needed or not bool(((ids >= 0) & (ids < cache.num_pages)).all()):
+            expected = f"{needed} page ids in [0, {cache.num_pages}) for sequence {seq}"
             raise SetupBug(table_name(cache), expected, str(sorted(set(ids.tolist()))))
         page = ids[pos // page_size]
         demanded = content.cached_len(query_len, context_len)
