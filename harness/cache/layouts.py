@@ -28,10 +28,17 @@ def allocate(
     `strided` puts gaps behind every page, slot and head (of `vectorized` behind pages and heads only, where kernels
     take any stride), of other sizes for V than for K; rows stay 16-byte aligned.
     """
-    wide = tuple(n + gap for n, gap in zip(shape, _gaps(layout, which, stored), strict=True)) if strided else shape
-    storage = bits_of(torch.empty(wide, dtype=stored.torch, device=device))
+    whole = storage_shape(layout, which, shape, stored, strided)
+    storage = bits_of(torch.empty(whole, dtype=stored.torch, device=device))
     storage.fill_(fill)
     return storage[tuple(slice(n) for n in shape)].view(stored.torch)
+
+
+def storage_shape(
+    layout: str, which: str, shape: tuple[int, ...], stored: ElementType, strided: bool
+) -> tuple[int, ...]:
+    """Shape of the compact storage that a cache of `shape` is cut from the beginning of."""
+    return tuple(n + gap for n, gap in zip(shape, _gaps(layout, which, stored), strict=True)) if strided else shape
 
 
 @dataclass(frozen=True)

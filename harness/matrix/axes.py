@@ -38,6 +38,7 @@ DATA_LAWS = (
 )  # fmt: skip
 DESCALES = ("per_tensor", "quiet", "loud", "one")
 TWIN_AXES = ("layout", "page_table", "table_padding", "strides")  # they move bytes, and nothing else
+POOLS = ("auto", "dense", "aliased")
 PLACEMENTS = ("shuffled", "sequential", "reversed", "shared_prefix")
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]*)")
 _NUMBER = re.compile(r"-?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
@@ -267,6 +268,8 @@ AXES: Mapping[str, Axis] = {
         _axis("num_splits", Number(1, optional=True), "splits", "split-KV parts; none: the path without split-KV"),
         _axis("scale_factor", Number(0, whole=False, exclusive=True), "scale", "softmax scale times sqrt(head_size)"),
         _axis("placement", PlacementValue(), "", "which physical pages a sequence gets"),
+        _axis("num_pages", Number(1, optional=True), "pool", "pages of the pool; none: those needed and a few more"),
+        _axis("pool", Choice(POOLS), "", "memory of the pool; auto: aliased where it is large and mostly unused"),
         _axis(
             "boundary", Choice(BOUNDARIES, optional=True), "at_", "where the addresses of a probe lie; none: no probe"
         ),

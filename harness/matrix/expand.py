@@ -29,13 +29,13 @@ from harness.problem.boundary import boundary_refusal
 
 _NO_ROWS = (1,), (16,)  # stands in where a batch is not known yet or does not matter
 _HEADS = frozenset({"num_q_heads", "gqa_ratio"})
-LAW_AXES = frozenset({"data", "logits_soft_cap", "alibi", "causal"})
+LAW_AXES = frozenset({"data", "logits_soft_cap", "alibi", "causal", "placement"})
 DESCALE_AXES = frozenset({"descales", "kv_dtype"})
 LAYOUT_AXES = frozenset({"layout", "page_size", "head_size", "dtype", "kv_dtype"})
-PLACEMENT_AXES = ROWS_AXES | {"placement"}
+PLACEMENT_AXES = ROWS_AXES | {"placement", "num_pages"}
 BOUNDARY_AXES = ROWS_AXES | {
-    "boundary", "boundary_target", "boundary_position", "placement", "strides", "dtype", "kv_dtype", "num_q_heads",
-    "gqa_ratio", "head_size", "head_size_v", "page_table",
+    "boundary", "boundary_target", "boundary_position", "placement", "num_pages", "strides", "dtype", "kv_dtype",
+    "num_q_heads", "gqa_ratio", "head_size", "head_size_v", "page_table",
 }  # fmt: skip
 Predicate = Callable[[Mapping[str, Any]], bool]
 _COUPLED = (frozenset({"head_size", "head_size_v"}), ROWS_AXES)  # axes that one clause of a contract looks at together
