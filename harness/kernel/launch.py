@@ -34,9 +34,14 @@ if TYPE_CHECKING:
 _INPUTS = (
     "q", "k", "v", "k_cache", "v_cache", "block_table", "kv_indptr", "kv_page_indices", "kv_last_page_len",
     "query_start_loc", "seq_lens",
-    "k_scale", "v_scale", "kv_block_descale", "alibi_slopes", "sinks",
+    "k_scale", "v_scale", "kv_block_descale", "k_token_descale", "v_token_descale", "q_descale", "output_scale",
+    "alibi_slopes", "sinks",
 )  # fmt: skip
-_TRACED = ("k_cache", "v_cache", "k", "v", "kv_block_descale", "block_table", "kv_page_indices")
+_TRACED = (
+    "k_cache", "v_cache", "k", "v", "kv_block_descale", "k_token_descale", "v_token_descale", "block_table",
+    "kv_page_indices",
+)  # fmt: skip
+_TRACED_PER_HEAD = ("k_scale", "v_scale")
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ def launch(
             around = {f"surroundings of {name}": pool.bytes for name, pool in reaching.items()}
             tables = ("block_table", "kv_page_indices")  # room behind tokens of K and V lies inside the cache
             room = {name: contract.over_read(name) for name in tables}
-            trace = _new_trace() if trace_accesses else None
+            trace = _new_trace(case) if trace_accesses else None
             ran, broken = _interpreted(launcher, args, {**inputs, **around}, outputs, program_order_seed, room, trace)
             violations += broken
         else:
@@ -155,10 +160,10 @@ def _interpreted(
     return tuple(dict.fromkeys(launch.kernel for launch in session.launches)), broken
 
 
-def _new_trace() -> Trace:
+def _new_trace(case: Case) -> Trace:
     from harness.interpreter.trace import Trace
 
-    return Trace(_TRACED)
+    return Trace((*_TRACED, *_TRACED_PER_HEAD) if case.descales_per == "head" else _TRACED)
 
 
 def _which_ran(contract: Contract, case: Case, ran: tuple[str, ...]) -> list[str]:
