@@ -1,19 +1,21 @@
 """The KV cache a kernel is handed: filled, quantised, placed, laid out, poisoned.
 
-Invariant: the cache holds exactly the tokens its content class demands; everything else in its storage is poison.
+Invariant: the cache holds exactly the tokens its content class demands, those on dead pages apart; everything else in
+its storage is poison.
 The two parameters that break this, `cached_lens` and `poison`, plant set-up faults that harness.cache.verify finds.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from harness.cache.content import Content, is_decode
 from harness.cache.descale_buffers import block_descale, tensor_scale, token_descale
+from harness.cache.descale_probe import reaching_descales
 from harness.cache.layouts import by_slot
 from harness.cache.page_pool import allocate_pages
 from harness.cache.page_table import PageTable, block_table, kv_indices
@@ -23,7 +25,8 @@ from harness.cache.pool import Pool, dense_pool
 from harness.cache.positions import key_positions, new_token_keys
 from harness.cache.probe import Decoy, Live, plant_decoys, reserve
 from harness.cache.quantise import bits_of, quantise
-from harness.cache.table_probe import Entries, reaching_table
+from harness.cache.table_probe import entries, reaching_table
+from harness.cache.window import dead_columns, dead_pages
 from harness.dtypes import element_type
 from harness.layout import cache_shape
 from harness.problem.boundary import cache_geometry, table_geometry
@@ -55,15 +58,16 @@ class KVCache:
     kv_indptr: torch.Tensor | None = None  # [num_seqs + 1] int32, in pages (harness.cache.page_table)
     kv_page_indices: torch.Tensor | None = None  # [total pages, then padding] int32
     kv_last_page_len: torch.Tensor | None = None  # [num_seqs] int32
-    pools: Mapping[str, Pool] = field(
-        default_factory=dict
-    )  # of "k", "v" where they are aliased or a boundary probe says where they lie, as it may of "table"
+    # Pools of "k", "v" where they are aliased or a boundary probe says where they lie, as it may of "table" and, by the
+    # names of their arguments, of descales.
+    pools: Mapping[str, Pool] = field(default_factory=dict)
+    dead_pages: frozenset[int] = frozenset()  # that left the window, and hold poison
     decoys: tuple[Decoy, ...] = ()  # what such a probe put where a wrong address would lead
 
     @property
     def pools_by_argument(self) -> dict[str, Pool]:
         names = {"k": "k_cache", "v": "v_cache", "table": "block_table"}
-        return {names[which]: pool for which, pool in self.pools.items()}
+        return {names.get(which, which): pool for which, pool in self.pools.items()}
 
     def pool(self, which: str) -> Pool:
         """The memory of K or V."""
@@ -71,10 +75,16 @@ class KVCache:
 
 
 def build_cache(
-    problem: Problem, content: Content, *, cached_lens: Sequence[int] | None = None, poison: float = math.nan
+    problem: Problem,
+    content: Content,
+    *,
+    window_pages: str = "live",
+    cached_lens: Sequence[int] | None = None,
+    poison: float = math.nan,
 ) -> KVCache:
     """The cache of `problem` for a kernel of class `content`, on the device of the problem.
 
+    window_pages: "dead" where the kernel must not touch pages that left the sliding window, which are poison then.
     `cached_lens` (default: what `content` demands) and `poison` plant set-up faults. Raises PlacementError, and
     MemoryError where a pool cannot be had.
     """
@@ -86,14 +96,27 @@ def build_cache(
         "k": quantise(problem.k, problem.descale("k"), stored),
         "v": quantise(problem.v, problem.descale("v"), stored),
     }
-    live = live_tokens(problem, placed.pages, cached_lens)
-    made = {name: _fill(problem, name, payloads[name], placed, live, poison) for name in payloads}
+    dead = dead_pages(dead_columns(case, content, window_pages), placed.pages)
+    live = live_tokens(problem, placed.pages, cached_lens, dead)
+    alive = [page for pages in placed.pages for page in pages if page not in dead]
+    made = {name: _fill(problem, name, payloads[name], placed, alive, live, poison) for name in payloads}
     pools = {name: pool for name, (_, pool, _) in made.items() if pool is not None}
     table = _page_table(problem, placed)
     if (reach := table_geometry(case)) and table.block_table is not None:
-        entries = Entries.of(tuple(cached_lens), case.page_size, device)
-        far, pools["table"] = reaching_table(table.block_table, reach, entries)
+        cells = entries(tuple(cached_lens), case.page_size, device)
+        far, pools["table"] = reaching_table(table.block_table, reach, cells)
         table = PageTable(far)
+    decoys = made["k"][2] + made["v"][2]
+    descales = {
+        "kv_block_descale": block_descale(problem, placed, dead),
+        "k_token_descale": token_descale(problem, "k", placed, live),
+        "v_token_descale": token_descale(problem, "v", placed, live),
+    }
+    if (at := cache_geometry(case)) and "descale" in at.page_strides:
+        for name, compact in descales.items():
+            if compact is not None:
+                far, pools[name], more = reaching_descales(problem, name, compact, at, placed.pages, live)
+                descales[name], decoys = far, decoys + more
     query_start = [0]
     for query_len in case.rows.query_lens:
         query_start.append(query_start[-1] + query_len)
@@ -113,14 +136,13 @@ def build_cache(
         value_payload=payloads["v"],
         new_k=_new_tokens(problem, problem.k, content) if content.takes_new_tokens else None,
         new_v=_new_tokens(problem, problem.v, content) if content.takes_new_tokens else None,
-        kv_block_descale=block_descale(problem, placed),
-        k_token_descale=token_descale(problem, "k", placed, live),
-        v_token_descale=token_descale(problem, "v", placed, live),
+        **descales,
         kv_indptr=table.kv_indptr,
         kv_page_indices=table.kv_page_indices,
         kv_last_page_len=table.kv_last_page_len,
         pools=pools,
-        decoys=made["k"][2] + made["v"][2],
+        dead_pages=dead,
+        decoys=decoys,
     )
 
 
@@ -130,8 +152,13 @@ def demanded_lens(problem: Problem, content: Content) -> tuple[int, ...]:
     return tuple(content.cached_len(q, c) for q, c in zip(rows.query_lens, rows.context_lens, strict=True))
 
 
-def live_tokens(problem: Problem, placed: Sequence[Sequence[int]], cached_lens: Sequence[int]) -> Live:
-    """The first `cached_lens` tokens of each sequence, and where they lie: `placed` are the pages of each."""
+def live_tokens(
+    problem: Problem, placed: Sequence[Sequence[int]], cached_lens: Sequence[int], dead: Collection[int]
+) -> Live:
+    """The first `cached_lens` tokens of each sequence, and where they lie: `placed` are the pages of each.
+
+    Those on `dead` pages are none.
+    """
     device, page_size = problem.q.device, problem.case.page_size
     flat_pages = torch.tensor([page for pages in placed for page in pages], dtype=torch.int64, device=device)
     first_page = torch.tensor([len(pages) for pages in placed], device=device)
@@ -139,13 +166,18 @@ def live_tokens(problem: Problem, placed: Sequence[Sequence[int]], cached_lens: 
     keys = key_positions(problem.case.rows, device)
     key = keys.below(cached_lens).nonzero()[:, 0]  # packed keys
     seq, pos = keys.seq[key], keys.pos[key]
-    return Live(key, flat_pages[first_page[seq] + pos // page_size], pos % page_size)
+    page = flat_pages[first_page[seq] + pos // page_size]
+    alive = ~torch.isin(page, torch.tensor(sorted(dead), dtype=torch.int64, device=device))
+    return Live(key[alive], page[alive], (pos % page_size)[alive])
 
 
 def _fill(
-    problem: Problem, which: str, payload: torch.Tensor, placed: Placed, live: Live, poison: float
+    problem: Problem, which: str, payload: torch.Tensor, placed: Placed, alive: list[int], live: Live, poison: float
 ) -> tuple[torch.Tensor, Pool | None, tuple[Decoy, ...]]:
-    """K or V with the `live` tokens of `payload` [num_keys, heads, dim]; its pool, unless dense; a probe's decoys."""
+    """K or V with the `live` tokens of `payload` [num_keys, heads, dim]; its pool, unless dense; a probe's decoys.
+
+    alive: pages that sequences have and may look into, behind their last token as well.
+    """
     case, device = problem.case, payload.device
     stored, page_size = element_type(case.stored_dtype), case.page_size
     heads, dim = payload.shape[1:]
@@ -158,8 +190,7 @@ def _fill(
     else:
         cache, pool = reserve(problem, which, shape, stored, at, live, fill & 0xFF)
     slots = by_slot(bits_of(cache), case.layout, which)
-    flat_pages = torch.tensor([page for pages in placed.pages for page in pages], dtype=torch.int64, device=device)
-    slots.view[flat_pages] = tail_bits(stored, case.tail, poison)
+    slots.view[torch.tensor(alive, dtype=torch.int64, device=device)] = tail_bits(stored, case.tail, poison)
     slots.store(live.page, live.slot, bits_of(payload)[live.key])
     if at is None or pool is None:
         return cache, pool, ()

@@ -12,6 +12,7 @@ from itertools import accumulate
 import torch
 
 from harness.cache.page_table import page_ids, table_name
+from harness.cache.window import dead_columns
 from harness.case import Case
 from harness.dtypes import element_type
 from harness.errors import SetupBug
@@ -188,8 +189,11 @@ def _check_descales(contract: Contract, case: Case, args: LaunchArguments) -> No
 
 
 def _check_live(contract: Contract, case: Case, args: LaunchArguments, name: str, tensor: torch.Tensor) -> None:
-    """What tokens need of `tensor` ([pages, kv_heads, 2] or [pages, page_size, kv_heads]) is finite and above 0."""
+    """What tokens need of `tensor` ([pages, kv_heads, 2] or [pages, page_size, kv_heads]) is finite and above 0, but
+    for pages that are dead.
+    """
     per_page = name == "kv_block_descale"
+    gone = dead_columns(case, contract.content, contract.window_pages)
     lens = zip(case.rows.query_lens, case.rows.context_lens, strict=True)
     for seq, (query_len, context_len) in enumerate(lens):
         seq_len = max(query_len + context_len, 0)
@@ -199,6 +203,7 @@ def _check_live(contract: Contract, case: Case, args: LaunchArguments, name: str
         page = ids if per_page else ids[place // case.page_size]  # [count]
         found = tensor[page] if per_page else tensor[page, place % case.page_size]  # [count, kv_heads(, 2)]
         dead = ~((found > 0) & found.isfinite())
+        dead[: gone[seq].stop * (1 if per_page else case.page_size)] = False
         if bool(dead.any()):
             at = dead.nonzero()[0].tolist()
             where = f"page {int(page[at[0]])} of sequence {seq}, kv head {at[1]}"

@@ -15,7 +15,7 @@ from harness.cache.content import Content
 from harness.case import Case
 from harness.dispatch.predicate import Predicate
 from harness.kernel.numerics import NumericsProfile
-from harness.kernel.over_read import OverRead
+from harness.kernel.over_read import BEHIND_THE_END, OverRead
 from harness.matrix.axes import AXES, TWIN_AXES, Choice
 from harness.matrix.rows import NAME
 
@@ -31,6 +31,7 @@ FEATURES: dict[str, str] = {
     "prefill": "rows with query_len > 1",
     "strided_cache": "non-contiguous views of the cache",
     "strided_inputs": "non-contiguous q, k, v and out",
+    "strided_workspace": "scratch memory from `args.workspace`, by the strides it has",
     "queries_before_keys": "rows that see no key (negative context_len)",
 }
 
@@ -123,6 +124,11 @@ class Contract:
         """How far the kernel may read behind what it needs of `buffer`, in the units of OVER_READABLE."""
         return max((known.amount for known in self.over_reads if known.buffer == buffer), default=0)
 
+    @property
+    def room(self) -> dict[str, int]:
+        """Elements behind the end of a buffer, by name, that the kernel may read: they are provided."""
+        return {name: self.over_read(name) for name in BEHIND_THE_END}
+
     def must_launch(self, case: Case) -> frozenset[str]:
         """The device kernels without which `case` did not take the path it is for."""
         decided = None if self.dispatch is None else self.dispatch.of(case)
@@ -168,9 +174,10 @@ def required_features(case: Case) -> frozenset[str]:
         "head_size_v": case.value_size != case.head_size,
         "prefill": any(q > 1 for q in case.rows.query_lens),
         "strided_cache": case.strides != "compact"
-        or (case.boundary is not None and case.boundary_target in ("k", "v")),
+        or (case.boundary is not None and case.boundary_target in ("k", "v", "descale")),
         "strided_inputs": case.strides == "all"
         or (case.boundary is not None and case.boundary_target in ("out", "table")),
+        "strided_workspace": case.boundary is not None and case.boundary_target == "workspace",
         "queries_before_keys": any(c < 0 for c in case.rows.context_lens),
     }
     return frozenset(name for name, needed in wanted.items() if needed)

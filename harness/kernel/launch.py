@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -27,16 +27,12 @@ from harness.kernel.guarded import GuardedOutput, checksum, fingerprint
 from harness.kernel.reaching import ReachingOutput
 from harness.kernel.registry import Launcher
 from harness.kernel.torch_state import kept_torch_state
+from harness.kernel.workspace import Workspaces
 
 if TYPE_CHECKING:
     from harness.interpreter.trace import Trace  # needs numpy, which comes with triton
 
-_INPUTS = (
-    "q", "k", "v", "k_cache", "v_cache", "block_table", "kv_indptr", "kv_page_indices", "kv_last_page_len",
-    "query_start_loc", "seq_lens",
-    "k_scale", "v_scale", "kv_block_descale", "k_token_descale", "v_token_descale", "q_descale", "output_scale",
-    "alibi_slopes", "sinks",
-)  # fmt: skip
+_OUTPUTS = ("out", "lse")
 _TRACED = (
     "k_cache", "v_cache", "k", "v", "kv_block_descale", "k_token_descale", "v_token_descale", "block_table",
     "kv_page_indices",
@@ -83,10 +79,10 @@ def launch(
         elif args.q.device.type == "cpu":
             reaching = pools if case.boundary is not None else {}
             around = {f"surroundings of {name}": pool.bytes for name, pool in reaching.items()}
-            tables = ("block_table", "kv_page_indices")  # room behind tokens of K and V lies inside the cache
-            room = {name: contract.over_read(name) for name in tables}
             trace = _new_trace(case) if trace_accesses else None
-            ran, broken = _interpreted(launcher, args, {**inputs, **around}, outputs, program_order_seed, room, trace)
+            ran, broken = _interpreted(
+                launcher, args, {**inputs, **around}, outputs, program_order_seed, contract.room, trace
+            )
             violations += broken
         else:
             with observed_triton_launches() as names:
@@ -101,14 +97,20 @@ def launch(
         for name, tensor in inputs.items()
         if _fingerprint(tensor, pools.get(name)) != before[name]
     ]
-    violations += [overrun for output in outputs if (overrun := output.overrun())]
+    violations += [overrun for output in (*outputs, *handed_out(args)) if (overrun := output.overrun())]
     unobservable = not ran and not contract.launches
     return LaunchResult((contract.name,) if unobservable else ran, tuple(violations), trace)
 
 
 def input_tensors(args: LaunchArguments) -> dict[str, torch.Tensor]:
     """The tensors a kernel may read and must not write, by argument name."""
-    return {name: tensor for name in _INPUTS if (tensor := getattr(args, name)) is not None}
+    names = [field.name for field in fields(args) if field.name not in _OUTPUTS]
+    return {name: given for name in names if isinstance(given := getattr(args, name), torch.Tensor)}
+
+
+def handed_out(args: LaunchArguments) -> tuple[GuardedOutput, ...]:
+    """The workspaces that the kernel took from `args` so far."""
+    return tuple(args.allocator.handed.values()) if isinstance(args.allocator, Workspaces) else ()
 
 
 def _fingerprint(tensor: torch.Tensor, pool: Pool | None) -> tuple[int, ...]:
@@ -138,12 +140,19 @@ def _interpreted(
 ) -> tuple[tuple[str, ...], list[str]]:
     from harness.interpreter.strict import strict_interpreter  # needs numpy, which comes with triton
 
-    written = {output.name: output.tensor for output in outputs}
-    for output in outputs:
-        if isinstance(output, ReachingOutput):
-            written[f"surroundings of {output.name}"] = output.surroundings
+    def reachable(written: tuple[GuardedOutput, ...]) -> dict[str, torch.Tensor]:
+        found = {output.name: output.tensor for output in written}
+        around = [output for output in written if isinstance(output, ReachingOutput)]
+        return found | {f"surroundings of {output.name}": output.surroundings for output in around}
+
+    written = reachable(outputs)
     interpreter = strict_interpreter(
-        {**inputs, **written}, outputs=set(written), program_order_seed=seed, room=room, trace=trace
+        {**inputs, **written},
+        outputs=set(written),
+        program_order_seed=seed,
+        room=room,
+        trace=trace,
+        workspaces=lambda: reachable(handed_out(args)),
     )
     cut = False
     with interpreter as session:

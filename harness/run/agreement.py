@@ -68,7 +68,7 @@ def twin_in(axis: str, case: Case, contract: Contract) -> Case | str:
 
 def _differences(axis: str, twin: Case, contract: Contract, setup: Setup, launcher: Launcher) -> list[str]:
     """What the outputs of `twin` have that those of `setup` have not, a line each."""
-    other = build_arguments(replace(setup.problem, case=twin), contract)
+    other = build_arguments(replace(setup.problem, case=twin), contract, fences=setup.fences)
     check_setup(other, contract)
     name, seed = f"the twin with {axis} {getattr(twin, axis)}", twin.geometry_seed
     pools = other.cache.pools_by_argument

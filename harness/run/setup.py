@@ -17,9 +17,11 @@ from harness.errors import SetupBug
 from harness.kernel.arguments import LaunchArguments
 from harness.kernel.check import check_arguments
 from harness.kernel.contract import Contract
+from harness.kernel.fences import NO_FENCES, Fences, fence_launch
 from harness.kernel.guarded import GuardedOutput, guarded_output, same_bits, strided_copy
 from harness.kernel.reaching import reaching_output
-from harness.problem.boundary import output_geometry
+from harness.kernel.workspace import Workspaces
+from harness.problem.boundary import output_geometry, workspace_geometry
 from harness.problem.problem import Problem
 from harness.run.plant import NO_PLANT, Plant
 
@@ -30,14 +32,20 @@ class Setup:
     cache: KVCache
     args: LaunchArguments
     outputs: tuple[GuardedOutput, ...]  # out, then lse where the kernel returns one
+    fences: Fences = NO_FENCES  # what was asked for
+    fenced: frozenset[str] = frozenset()  # buffers with nothing mapped around them
 
 
-def build_arguments(problem: Problem, contract: Contract, plant: Plant = NO_PLANT) -> Setup:
-    """Cache, outputs and launch arguments for `problem`, with the set-up fault of `plant` in them."""
+def build_arguments(problem: Problem, contract: Contract, plant: Plant = NO_PLANT, fences: Fences = NO_FENCES) -> Setup:
+    """Cache, outputs and launch arguments for `problem`, with the set-up fault of `plant` in them.
+
+    Raises what build_cache does, and UsageError for fences that cannot be had here.
+    """
     case = problem.case
     cache = build_cache(
         problem,
         contract.content,
+        window_pages=contract.window_pages,
         cached_lens=plant.cached_lens(case, contract.content),
         poison=plant.pool_poison,
     )
@@ -76,8 +84,12 @@ def build_arguments(problem: Problem, contract: Contract, plant: Plant = NO_PLAN
         q_descale=_scalar(problem, problem.q_descale, case.q_dtype),
         output_scale=_scalar(problem, problem.output_scale, case.out_dtype),
         dtype=element_type(case.dtype).torch,
+        allocator=Workspaces(problem.q.device, workspace_geometry(case)),
     )
-    return Setup(problem, cache, plant.arguments(args), outputs)
+    args, outputs, fenced = fence_launch(
+        fences, plant.arguments(args), outputs, fixed=cache.pools_by_argument, room=contract.room
+    )
+    return Setup(problem, cache, args, outputs, fences, fenced)
 
 
 def _scalar(problem: Problem, scale: float, stored: str) -> torch.Tensor | None:
@@ -103,7 +115,7 @@ def check_setup(setup: Setup, contract: Contract) -> None:
     """Raise SetupBug where the arguments or the content of the cache violate the contract."""
     check_arguments(contract, setup.problem.case, setup.args)
     check_handover(setup)
-    verify_cache(setup.problem, setup.cache, contract.content)
+    verify_cache(setup.problem, setup.cache, contract.content, contract.window_pages)
 
 
 def check_handover(setup: Setup) -> None:
