@@ -7,19 +7,18 @@ device context. Buffers of boundary probes stay where their addresses matter.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from harness.cache.fence import fenced
+from harness.dtypes import ELEMENT_TYPES
 from harness.kernel.arguments import LaunchArguments
-from harness.kernel.guarded import POISON, GuardedOutput
+from harness.kernel.guarded import GuardedOutput
 from harness.kernel.launch import input_tensors
 from harness.kernel.reaching import ReachingOutput
-
-_DEAD = (torch.uint8, 0xFF)  # around inputs: NaN in every float type here, -1 in indices
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def fence_launch(
     for shared in _by_storage(input_tensors(args)):
         if fences.around(shared) and shared.keys().isdisjoint(fixed):
             behind = max(room.get(name, 0) * tensor.element_size() for name, tensor in shared.items())
-            moved |= fenced(shared, fill=_DEAD, room=behind).views
+            moved |= fenced(shared, fill=(torch.int8, _poison_byte(shared.values())), room=behind).views
     guarded = []
     for output in outputs:
         if fences.around((output.name,)) and not isinstance(output, ReachingOutput):
@@ -73,8 +72,14 @@ def _by_storage(tensors: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Ten
     return list(groups.values())
 
 
+def _poison_byte(tensors: Iterable[torch.Tensor]) -> int:
+    """What lies around inputs: NaN where the type has one, -1 between indices."""
+    known = {t.torch: t.poison for t in ELEMENT_TYPES.values() if t.size == 1}
+    return next((known[tensor.dtype] for tensor in tensors if tensor.dtype in known), -1)
+
+
 def _fenced_output(output: GuardedOutput) -> GuardedOutput:
     """An output whose red zones are all that is mapped around it."""
-    integer, bits = POISON[output.tensor.element_size()]
-    found = fenced({output.name: output.tensor}, fill=(integer, bits))
-    return GuardedOutput(output.name, found.views[output.name], found.memory.view(integer))
+    red_zone = (output.allocation.dtype, int(output.allocation[0]))
+    found = fenced({output.name: output.tensor}, fill=red_zone)
+    return replace(output, tensor=found.views[output.name], allocation=found.memory.view(red_zone[0]))

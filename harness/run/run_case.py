@@ -167,6 +167,7 @@ def _judged(case: Case, contract: Contract, options: Options, watch: Stopwatch) 
     try:
         with watch.phase("problem"):
             problem = options.plant.problem(build_problem(case, watch.device))
+            contract = contract.of_output(case.out_dtype, problem.output_scale)
         with watch.phase("cache"):
             setup = build_arguments(problem, contract, options.plant, options.fences)
             if options.contract_checks:
@@ -184,8 +185,9 @@ def _blindness(setup: Setup) -> str | None:
     problem, cache = setup.problem, setup.cache
     found = blind_to(
         kv_dtype=problem.case.kv_dtype,
-        k_descale=problem.descale("k"),
-        v_descale=problem.descale("v"),
+        descales=problem.descales,
+        law=problem.case.descales,
+        q_descale=None if problem.case.q_dtype == "auto" else problem.q_descale,
         pages=cache.pages,
     )
     return "; ".join(f"cannot see {b.fault}: {b.because}" for b in found) or None

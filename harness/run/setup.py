@@ -78,11 +78,21 @@ def build_arguments(problem: Problem, contract: Contract, plant: Plant = NO_PLAN
         kv_indptr=cache.kv_indptr,
         kv_page_indices=None if cache.kv_page_indices is None else with_room(cache, contract, "kv_page_indices"),
         kv_last_page_len=cache.kv_last_page_len,
+        k_token_descale=cache.k_token_descale,
+        v_token_descale=cache.v_token_descale,
+        q_descale=_scalar(problem, problem.q_descale, case.q_dtype),
+        output_scale=_scalar(problem, problem.output_scale, case.out_dtype),
+        dtype=element_type(case.dtype).torch,
     )
     args, outputs, fenced = fence_launch(
         fences, plant.arguments(args), outputs, fixed=cache.pools_by_argument, room=contract.room
     )
     return Setup(problem, cache, args, outputs, fences, fenced)
+
+
+def _scalar(problem: Problem, scale: float, stored: str) -> torch.Tensor | None:
+    """float32 [1] for a tensor that is `stored` in 8 bits; None where that is auto."""
+    return None if stored == "auto" else torch.tensor([scale], dtype=torch.float32, device=problem.q.device)
 
 
 def with_room(cache: KVCache, contract: Contract, name: str) -> torch.Tensor:
@@ -120,6 +130,7 @@ def check_handover(setup: Setup) -> None:
         "sliding_window": case.sliding_window or 0,
         "logits_soft_cap": case.logits_soft_cap or 0.0,
         "num_splits": case.num_splits or 0,
+        "dtype": element_type(case.dtype).torch,
     }
     for name, expected in scalars.items():
         if getattr(args, name) != expected:
@@ -138,9 +149,13 @@ def check_handover(setup: Setup) -> None:
         "query_start_loc": cache.query_start_loc,
         "k_scale": cache.k_scale,
         "v_scale": cache.v_scale,
+        "kv_block_descale": cache.kv_block_descale,
+        "k_token_descale": cache.k_token_descale,
+        "v_token_descale": cache.v_token_descale,
+        "q_descale": _scalar(problem, problem.q_descale, case.q_dtype),
+        "output_scale": _scalar(problem, problem.output_scale, case.out_dtype),
         "alibi_slopes": problem.alibi_slopes,
         "sinks": problem.sinks,
-        "kv_block_descale": cache.kv_block_descale,
     }
     for name, tensor in built.items():
         if not same_bits(getattr(args, name), tensor):

@@ -33,7 +33,18 @@ ROWS = Rows("mix", (3, 1, 2), (5, 20, 9))
 CASES = {
     "compact": Case("m", "unified_paged", ROWS, head_size=24, alibi=True, sinks=True, num_q_heads=5),
     "strided": Case("m", "unified_paged", ROWS, head_size=24, strides="all", table_padding="exact"),
-    "by page": Case("m", "unified_paged", ROWS, kv_dtype="fp8_e4m3", descales="loud", layout="vllm_classic"),
+    "by page": Case("m", "unified_paged", ROWS, kv_dtype="fp8_e4m3", descales_per="page", layout="vllm_classic"),
+    "by token": Case("m", "unified_paged", ROWS, kv_dtype="int8", descales_per="token", strides="all"),
+    "by head": Case(
+        "m",
+        "unified_paged",
+        ROWS,
+        kv_dtype="fp8_e5m2fnuz",
+        descales_per="head",
+        strides="cache",
+        q_dtype="fp8_e4m3",
+        out_dtype="fp8_e4m3fnuz",
+    ),
     "lists": Case("m", "unified_paged", ROWS, page_table="kv_indices", table_padding="exact", layout="hnd"),
     "new tokens": Case("m", "prefix_prefill", ROWS, head_size=20, head_size_v=12, dtype="fp32"),
 }
@@ -102,7 +113,8 @@ def test_what_alignment_leaves_is_poison_and_an_honest_output_is_quiet(name: str
         memory = memory_of(tensor)
         around = torch.ones(len(memory), dtype=torch.bool)
         around[tensor.data_ptr() - memory.data_ptr() : end_of(tensor) - memory.data_ptr()] = False
-        assert bool((memory[around] == 0xFF).all()), buffer
+        minus_zero = tensor.dtype in (torch.int8, torch.float8_e5m2fnuz)  # or the one integer that no payload is
+        assert bool((memory[around] == (0x80 if minus_zero else 0xFF)).all()), buffer
     for output in setup.outputs:
         assert output.unwritten().all()
         assert output.overrun() is None
@@ -121,11 +133,13 @@ def test_every_gap_of_every_input_is_poison(name: str, fences: Fences) -> None:
         live.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())[:] = True
         dead = memory[~live]
         gaps |= {buffer} if len(dead) else set()
-        if tensor.dtype == torch.int32:
+        if tensor.dtype == torch.int8:
+            assert bool((dead == -128).all()), buffer
+        elif tensor.dtype == torch.int32:
             assert bool(((dead < 0) | (dead > 1 << 20)).all()), buffer
         else:
             assert bool(dead.float().isnan().all()), buffer
-    assert gaps >= {"q", "k_cache", "v_cache", "block_table"} or CASES[name].strides == "compact"
+    assert gaps >= {"q", "k_cache", "v_cache", "block_table"} or CASES[name].strides != "all"
 
 
 @pytest.mark.parametrize("fences", [NO_FENCES, ALL], ids=["", "fences"])
