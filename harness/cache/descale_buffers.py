@@ -1,8 +1,8 @@
 """Descale buffers: the tensors in which a kernel is handed the descales of the pages, heads or tokens of a cache.
 
-Invariant: whatever no live token is quantised with is NaN: descales of unused pages, of slots without a token, gaps of
-strided views, and the descales per tensor where there is another kind. Strided views differ in their gaps and in the
-order of their strides, so that none follows from a shape.
+Invariant: whatever no live token is quantised with is NaN: descales of unused and dead pages, of slots without a token,
+gaps of strided views, and the descales per tensor where there is another kind. Strided views differ in their gaps and in
+the order of their strides, so that none follows from a shape.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def tensor_scale(problem: Problem, which: str) -> torch.Tensor:
 
 
 def block_descale(problem: Problem, placed: Placed, dead: Collection[int]) -> torch.Tensor | None:
-    """`kv_block_descale`, by physical page: float32 [num_pages, num_kv_heads, 2], of K then V; none of `dead` pages."""
+    """`kv_block_descale`, by physical page: float32 [num_pages, num_kv_heads, 2], of K then V; NaN for `dead` ones."""
     if problem.case.descales_per != "page":
         return None
     scales, gap = problem.descales, int(problem.case.strides != "compact")

@@ -40,7 +40,7 @@ class _Part:
 def verify_descales(problem: Problem, cache: KVCache, content: Content, dead_pages: frozenset[int]) -> None:
     """Raise SetupBug for the first descale in `cache` that nothing was quantised with, or that should be NaN.
 
-    dead_pages: pages without descales although the page table names them.
+    dead_pages: pages that have none although the page table names them.
     """
     for name, granularities in _BUFFERS.items():
         tensor, given = getattr(cache, name), problem.case.descales_per in granularities
@@ -81,13 +81,13 @@ def _verify(name: str, tensor: torch.Tensor, parts: Iterator[_Part]) -> None:
 def _parts(
     problem: Problem, cache: KVCache, content: Content, dead_pages: frozenset[int], name: str, tensor: torch.Tensor
 ) -> Iterator[_Part]:
-    dead = torch.tensor(sorted(dead_pages), dtype=torch.int64, device=tensor.device)
     start, strides = int(tensor.storage_offset()), tensor.stride()
     device, page_size = tensor.device, problem.case.page_size
     if tensor.dim() == 1:
         yield _scales(problem, name, tensor)
         return
     logical, heads = 0, torch.arange(problem.case.num_kv_heads, device=device)
+    gone = torch.tensor(sorted(dead_pages), dtype=torch.int64, device=device)
     lens = zip(problem.case.rows.query_lens, problem.case.rows.context_lens, strict=True)
     for seq, (query_len, context_len) in enumerate(lens):
         if name == "kv_block_descale":
@@ -95,9 +95,8 @@ def _parts(
             page = page_ids(cache, seq, columns).to(torch.int64)  # verified to lie in the pool
             inner = heads[:, None] * strides[1] + torch.arange(2, device=device) * strides[2]  # [heads, 2]
             offsets = start + page[:, None, None] * strides[0] + inner  # [columns, heads, 2]
-            want = problem.descales[logical : logical + columns].clone()
-            want[torch.isin(page, dead)] = math.nan
-            yield _Part(offsets, want, _of_page(seq, page))
+            want = problem.descales[logical : logical + columns]
+            yield _Part(offsets, _unless_dead(want, page, gone), _of_page(seq, page))
             logical += columns
         else:
             pos = torch.arange(content.cached_len(query_len, context_len), device=device)
@@ -105,9 +104,14 @@ def _parts(
             slot = pos % page_size
             offsets = start + (page * strides[0] + slot * strides[1])[:, None] + heads * strides[2]  # [tokens, heads]
             first = problem.key_start[seq]
-            want = problem.descales[first : first + len(pos), :, "kv".index(name[0])].clone()
-            want[torch.isin(page, dead)] = math.nan
-            yield _Part(offsets, want, _of_token(seq, page, slot))
+            want = problem.descales[first : first + len(pos), :, "kv".index(name[0])]
+            yield _Part(offsets, _unless_dead(want, page, gone), _of_token(seq, page, slot))
+
+
+def _unless_dead(want: torch.Tensor, page: torch.Tensor, gone: torch.Tensor) -> torch.Tensor:
+    """`want` [n, ...], NaN where `page` [n] is one of `gone`."""
+    dead = torch.isin(page, gone).view(-1, *[1] * (want.dim() - 1))
+    return want.masked_fill(dead, math.nan)
 
 
 def _scales(problem: Problem, name: str, tensor: torch.Tensor) -> _Part:

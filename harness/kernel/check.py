@@ -189,12 +189,11 @@ def _check_descales(contract: Contract, case: Case, args: LaunchArguments) -> No
 
 
 def _check_live(contract: Contract, case: Case, args: LaunchArguments, name: str, tensor: torch.Tensor) -> None:
-    """What tokens need of `tensor` ([pages, kv_heads, 2] or [pages, page_size, kv_heads]) is finite and above 0.
-
-    Tokens on dead pages need nothing.
+    """What tokens need of `tensor` ([pages, kv_heads, 2] or [pages, page_size, kv_heads]) is finite and above 0, but
+    for pages that are dead.
     """
-    gone = dead_columns(case, contract.content, contract.window_pages)
     per_page = name == "kv_block_descale"
+    gone = dead_columns(case, contract.content, contract.window_pages)
     lens = zip(case.rows.query_lens, case.rows.context_lens, strict=True)
     for seq, (query_len, context_len) in enumerate(lens):
         seq_len = max(query_len + context_len, 0)
