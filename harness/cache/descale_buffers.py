@@ -1,8 +1,8 @@
 """Descale buffers: the tensors in which a kernel is handed the descales of the pages, heads or tokens of a cache.
 
 Invariant: whatever no live token is quantised with is NaN: descales of unused and dead pages, of slots without a token,
-gaps of strided views, and the descales per tensor where there is another kind. Strided views differ in their gaps and in
-the order of their strides, so that none follows from a shape.
+gaps of strided views, and the descales per tensor where there is another kind. Strided views differ in their gaps and
+in the order of their strides, so that none follows from a shape.
 """
 
 from __future__ import annotations
