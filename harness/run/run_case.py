@@ -41,7 +41,7 @@ from harness.oracle.observability import blind_to, known_tolerance
 from harness.oracle.tolerance import Tolerance, tolerance
 from harness.problem.admission import AUTO, NEEDLES
 from harness.problem.problem import build_problem
-from harness.run.addresses import memory_of, tell_addresses, unseen_addresses
+from harness.run.addresses import memory_of, tell_addresses, unreached, unseen_addresses
 from harness.run.judge_access import judge_launch, untraceable
 from harness.run.judge_gains import with_gains
 from harness.run.observe import NO_DEMAND, Demand, choose_law, explain_unseen, observe_setup
@@ -174,10 +174,10 @@ def _judged(case: Case, contract: Contract, options: Options, watch: Stopwatch) 
                 check_setup(setup, contract)
     except SetupBug as bug:
         return Verdict(Outcome.TEST_BUG, f"before launch: {bug}", explanation=explain_setup_bug(bug))
-    memory = memory_of(setup)
     if blind := _blindness(setup):
-        return Verdict(Outcome.BLIND, blind, memory=memory)
-    return replace(_launched(contract, setup, options, watch), memory=memory)
+        return Verdict(Outcome.BLIND, blind, memory=memory_of(setup))
+    verdict = _launched(contract, setup, options, watch)
+    return replace(verdict, memory=memory_of(setup))
 
 
 def _blindness(setup: Setup) -> str | None:
@@ -232,6 +232,8 @@ def _launched(contract: Contract, setup: Setup, options: Options, watch: Stopwat
             astray = fallbacks(case, contract, options.must_run, result.ran)
             result = replace(result, violations=(*astray, *result.violations))
             verdict = _verdict(contract, setup, inputs, reference, allowed, result, access)
+        if options.contract_checks and verdict.outcome is Outcome.PASS and (unseen := unreached(setup)):
+            return replace(verdict, outcome=Outcome.BLIND, reason=unseen)
         if options.twice and verdict.outcome is Outcome.PASS:
             with watch.phase("again"):
                 seed = case.geometry_seed + 1
