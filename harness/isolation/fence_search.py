@@ -6,6 +6,7 @@ any fence; whatever else comes of the search is said, too.
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -52,8 +53,8 @@ class FenceSearch:
 
     def _search(self, reproduce: str, environment: Mapping[str, str]) -> str:
         def run(names: Sequence[str]) -> Alone:
-            only = f"{reproduce} --fence-only={','.join(names)}"
-            return run_alone(self.session, only, environment=environment)
+            only = shlex.quote(f"--fence-only={','.join(names)}")
+            return run_alone(self.session, f"{reproduce} {only}", environment=environment)
 
         bare = run(())
         if not bare.started:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -37,6 +38,7 @@ FAULTS = {  # toy kernel: what is said of its fault
     "beyond_v_cache": "read right behind v_cache (fence behind it)",
     "beyond_v_scale": "read right behind v_scale (fence behind it)",
     "beyond_out": "wrote right behind out (fence behind it)",
+    "beyond_workspace": "wrote right behind workspace scratch (fence behind it)",
     "beyond_far_behind": "read 1,048,576 bytes behind block_table (fence behind it)",
     "beyond_before": "read 4,19[0-9],[0-9]{3} bytes before q [(]fence before it[)]",  # from its end
 }
@@ -158,8 +160,9 @@ def test_a_crash_without_an_address_is_searched_and_told(
     monkeypatch: pytest.MonkeyPatch, culprits: set[str], said: str
 ) -> None:
     def run(session: object, line: str, *, environment: object) -> Alone:
-        command, _, only = line.partition(" --fence-only=")
-        assert command == CRASH.reproduce
+        command, option = shlex.split(line)[:-1], shlex.split(line)[-1]
+        assert command == shlex.split(CRASH.reproduce)
+        only = option.removeprefix("--fence-only=")
         if "hanging" in culprits:
             return replace(LEFT, record=None, death=Death(1, "Timeout (0:00:05)!\n"))
         return replace(LEFT, record=None, death=Death(-11, "")) if culprits & set(only.split(",")) else LEFT

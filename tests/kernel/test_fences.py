@@ -18,7 +18,7 @@ from harness.case import Case, Rows
 from harness.errors import UsageError
 from harness.kernel.fences import NO_FENCES, Fences, fence_launch
 from harness.kernel.guarded import same_bits
-from harness.kernel.launch import input_tensors
+from harness.kernel.launch import handed_out, input_tensors
 from harness.kernel.over_read import OverRead
 from harness.kernel.registry import find_kernels
 from harness.problem.problem import build_problem
@@ -167,6 +167,25 @@ def test_a_declared_over_read_is_provided_and_nothing_else(case_name: str) -> No
     assert ahead.unique().numel() == 1
     assert int(ahead[0]) not in table
     assert not is_mapped(end_of(table) + 3 * 4)
+
+
+def test_what_a_kernel_takes_from_its_workspace_is_fenced_and_watched() -> None:
+    split = Case("m", "unified_paged", ROWS, num_q_heads=4, gqa_ratio=2, head_size=24, num_splits=3)
+    verdict = run_case(split, KERNELS["unified_paged"], Options(device="cpu", fences=ALL))
+    assert (verdict.outcome, verdict.reason) == (Outcome.PASS, "")
+    setup = setup_of(split)
+    scratch = setup.args.workspace("scratch", (1, 3, 5), torch.float32)
+    assert scratch.isnan().all()
+    assert end_of(scratch) % ALIGNMENT == 12
+    assert is_mapped(end_of(scratch) + 3)
+    assert not is_mapped(end_of(scratch) + 4)
+    (made,) = handed_out(setup.args)
+    assert made.overrun() is None
+    made.allocation[-1] = 0
+    assert "behind or between the rows of workspace scratch were written" in (made.overrun() or "")
+    some = setup_of(split, Fences(True, frozenset({"workspace other"})))
+    assert is_mapped(end_of(some.args.workspace("scratch", (3, 5), torch.float32)) + 4)
+    assert not is_mapped(end_of(some.args.workspace("other", (3, 5), torch.float32)) + 4)
 
 
 def test_some_buffers_only() -> None:
