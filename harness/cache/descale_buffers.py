@@ -37,9 +37,8 @@ def block_descale(problem: Problem, placed: Placed, dead: Collection[int]) -> to
         return None
     scales, gap = problem.descales, int(problem.case.strides != "compact")
     block = _nan(placed.num_pages, scales.shape[1] + gap, 2 + 3 * gap, device=scales.device)[:, : scales.shape[1], :2]
-    pages = [page for owned in placed.pages for page in owned]
-    alive = [i for i, page in enumerate(pages) if page not in dead]
-    block[[pages[i] for i in alive]] = scales[alive]
+    block[[page for pages in placed.pages for page in pages]] = scales
+    block[sorted(dead)] = _nan(1, device=scales.device)
     return block
 
 

@@ -68,9 +68,11 @@ def _verify(name: str, tensor: torch.Tensor, parts: Iterator[_Part], cache: KVCa
             index = wrong[0].tolist()
             raise SetupBug(
                 name,
-                f"{float(part.want[tuple(index)]):g}{part.whose(index)}",
+                f"{_number(float(part.want[tuple(index)]))}{part.whose(index)}",
                 _describe(float(got[tuple(index)]), name, tensor),
-                "the descale that the payload was quantised with",
+                "a finite descale hides that it is read"
+                if math.isnan(float(part.want[tuple(index)]))
+                else "the descale that the payload was quantised with",
             )
     for decoy in (d for d in cache.decoys if d.which == name):
         dead.take(decoy.offsets)
@@ -161,13 +163,15 @@ def _of_token(seq: int, page: torch.Tensor, slot: torch.Tensor) -> Callable[[lis
     return words
 
 
+def _number(value: float) -> str:
+    return "NaN" if math.isnan(value) else f"{value:g}"
+
+
 def _describe(found: float, name: str, tensor: torch.Tensor) -> str:
     """The value, and whose it is: float32 draws hardly ever coincide."""
-    if math.isnan(found):
-        return "NaN"
     owners = (tensor == found).nonzero()
     if not len(owners):
-        return f"{found:g}"
+        return _number(found)
     at = owners[-1].tolist()
     if name == "kv_block_descale":
         return f"{found:g}, like {'KV'[at[2]]} of kv head {at[1]} in page {at[0]}"

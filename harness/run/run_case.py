@@ -48,6 +48,7 @@ from harness.run.outcome import Outcome, Verdict
 from harness.run.plant import NO_PLANT, Plant
 from harness.run.reference import attend_as, reference_inputs
 from harness.run.setup import Setup, build_arguments, check_setup, mapped
+from harness.run.stale import explain_stale
 from harness.run.twice import with_second_launch
 from harness.run.twin import with_noise_floor
 from harness.triage.bar_codes import decode_bar_codes
@@ -292,6 +293,9 @@ def _verdict(
     if addresses := tell_addresses(setup, contract, out.tensor):
         explanation = with_row(explanation, "address", *addresses)
         reason = f"{addresses[0]}; {reason}"
+    if exchanged := explain_stale(setup, contract, inputs, findings):
+        explanation = with_row(explanation, "looks like", *exchanged)
+        reason = f"{exchanged[0]}; {reason}"
     return replace(verdict, outcome=Outcome.FAIL, reason=reason, explanation=explanation)
 
 
