@@ -30,6 +30,7 @@ FAULTS: Mapping[str, str] = {
     "newest_token": "the newest token of a row not read",
     "window_edges": "the sliding window off by one at either edge",
     "causal_edge": "the causal mask off by one",
+    "sink_tokens": "the leading tokens that a window does not hide dropped, or one of them too many or too few",
     "page_swap": "a page read from its neighbour's place",
     "k_descale": "the K descale of one page off by 2 %",
     "v_descale": "the V descale of one page off by 2 %",

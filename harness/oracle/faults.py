@@ -9,7 +9,7 @@ is a page that is read from its neighbour's place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -64,10 +64,12 @@ def _newest_token(decodes: bool) -> Change:
 
 def _window(step: int) -> Change:
     def change(scene: Scene) -> Rows | None:
-        window = scene.case.sliding_window
+        case, window = scene.case, scene.case.sliding_window
         if window is None or window >= scene.seq_len:
             return None
-        return replace(scene.rows, seen=seen_at(scene.rows.distance, scene.case.causal, window + step))
+        if scene.seq_len - window - (step > 0) < case.sink_tokens:
+            return None  # the key at the edge is a sink token, even of the newest row
+        return replace(scene.rows, seen=seen_at(scene.rows.distance, case.causal, window + step, case.sink_tokens))
 
     return change
 
@@ -76,13 +78,26 @@ def _causal(step: int) -> Change:
     def change(scene: Scene) -> Rows | None:
         if not scene.case.causal or (step > 0 and scene.query_len == 1):
             return None  # behind the newest token there is none
-        seen = seen_at(scene.rows.distance, True, scene.case.sliding_window, ahead=step)
+        case = scene.case
+        seen = seen_at(scene.rows.distance, True, case.sliding_window, case.sink_tokens, ahead=step)
         return replace(scene.rows, seen=seen)
 
     return change
 
 
-def _page_swap(place: Callable[[range], int]) -> Change:
+def _sink_tokens(kept: Callable[[int], int]) -> Change:
+    def change(scene: Scene) -> Rows | None:
+        case = scene.case
+        left_behind = 0 if case.sliding_window is None else scene.seq_len - case.sliding_window
+        wrong = kept(case.sink_tokens)
+        if left_behind <= min(case.sink_tokens, wrong):
+            return None  # what differs is in the window of every row
+        return replace(scene.rows, seen=seen_at(scene.rows.distance, case.causal, case.sliding_window, wrong))
+
+    return change
+
+
+def _page_swap(place: Callable[[Sequence[int]], int]) -> Change:
     def change(scene: Scene) -> Rows | None:
         pages = scene.cached_pages
         if not pages or scene.cached_len <= scene.case.page_size:
@@ -100,7 +115,7 @@ def _page_swap(place: Callable[[range], int]) -> Change:
     return change
 
 
-def _k_descale(place: Callable[[range], int]) -> Change:
+def _k_descale(place: Callable[[Sequence[int]], int]) -> Change:
     def change(scene: Scene) -> Rows | None:
         pages = scene.cached_pages
         if not pages:
@@ -112,7 +127,7 @@ def _k_descale(place: Callable[[range], int]) -> Change:
     return change
 
 
-def _v_descale(place: Callable[[range], int]) -> Change:
+def _v_descale(place: Callable[[Sequence[int]], int]) -> Change:
     def change(scene: Scene) -> Rows | None:
         pages = scene.cached_pages
         if not pages:
@@ -254,6 +269,10 @@ def _no_window(case: Case, content: Content) -> str | None:
     return "every sequence fits in the window" if case.sliding_window >= max(case.rows.seq_lens) else None
 
 
+def _no_sink_tokens(case: Case, content: Content) -> str | None:
+    return "no sink tokens" if case.sink_tokens == 0 else _no_window(case, content)
+
+
 def _one_page(case: Case, content: Content) -> str | None:
     return "no sequence has two cached pages" if _cached_tokens(case, content) <= case.page_size else None
 
@@ -280,7 +299,7 @@ def stale_label(tensors: str, step: int) -> str:
     return f"of {tensors}, one tile {'early' if step > 0 else 'late'}"
 
 
-def _at_places(change: Callable[[Callable[[range], int]], Change]) -> dict[str, Change]:
+def _at_places(change: Callable[[Callable[[Sequence[int]], int]], Change]) -> dict[str, Change]:
     return {label: change(place) for label, place in PLACES.items()}
 
 
@@ -309,6 +328,16 @@ FAULT_MODELS: Mapping[str, Fault] = {
             lambda case, content: None if case.causal else "no causal mask",
             {"one key more": _causal(1), "one key less": _causal(-1)},
             _SHORTER,
+        ),
+        Fault(
+            "sink_tokens",
+            _no_sink_tokens,
+            {
+                "dropped": _sink_tokens(lambda number: 0),
+                "one more": _sink_tokens(lambda number: number + 1),
+                "one less": _sink_tokens(lambda number: number - 1),
+            },
+            "fewer sink_tokens or a smaller sliding_window, or data: probe",
         ),
         Fault("page_swap", _one_page, _at_places(_page_swap), _FEWER_PAGES),
         Fault("k_descale", _no_descale, _at_places(_k_descale), _FEWER_PAGES, graded=True),

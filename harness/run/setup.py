@@ -88,6 +88,7 @@ def build_arguments(problem: Problem, contract: Contract, plant: Plant = NO_PLAN
         output_scale=_scalar(problem, problem.output_scale, case.out_dtype),
         dtype=element_type(case.dtype).torch,
         allocator=Workspaces(problem.q.device, workspace_geometry(case)),
+        sink_tokens=case.sink_tokens,
     )
     args, outputs, fenced = fence_launch(
         fences, plant.arguments(args), outputs, fixed=cache.pools_by_argument, room=contract.room
@@ -151,6 +152,7 @@ def check_handover(setup: Setup) -> None:
         "logits_soft_cap": case.logits_soft_cap or 0.0,
         "num_splits": case.num_splits or 0,
         "dtype": element_type(case.dtype).torch,
+        "sink_tokens": case.sink_tokens,
     }
     for name, expected in scalars.items():
         if getattr(args, name) != expected:

@@ -42,6 +42,8 @@ def test_dead_is_what_no_row_sees(content: Content) -> None:
     firsts = (60 - 19, 62 - 19, 0, 40 - 19, 0)  # cut to what is cached: (61, 62 or 67, ...), which is more
     columns = dead_columns(CASE, content, "dead")
     assert columns == tuple(range(first // 16) for first in firsts)
+    with_sinks = dead_columns(replace(CASE, sink_tokens=17), content, "dead")  # on two pages
+    assert with_sinks == tuple(range(min(2, n // 16) if n else 0, n // 16) for n in firsts)
     assert dead_columns(CASE, content, "live") == (range(0),) * 5
     assert dead_columns(replace(CASE, sliding_window=None), content, "dead") == (range(0),) * 5
 

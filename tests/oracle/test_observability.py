@@ -77,6 +77,7 @@ def stage(case: Case) -> Staged:
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
     "window": {"sliding_window": 16},
+    "window and sink tokens": {"sliding_window": 16, "sink_tokens": 3},
     "noncausal": {"causal": False, "sliding_window": 20},
     "modifiers": {"sinks": True, "logits_soft_cap": 30.0},
     "alibi": {"alibi": True, "sinks": True},
@@ -219,6 +220,10 @@ EMULATED: dict[str, tuple[dict[str, Any], list[Callable[[Staged], tuple[torch.Te
         {"sliding_window": 16},
         [lambda s: attended(s.inputs, sliding_window=17), lambda s: attended(s.inputs, sliding_window=15)],
     ),
+    "sink_tokens": (
+        {"sliding_window": 16, "sink_tokens": 3},
+        [lambda s, n=n: attended(s.inputs, sink_tokens=n) for n in (0, 4, 2)],  # type: ignore[misc]
+    ),
     "causal_edge": (
         {},
         [
@@ -254,6 +259,17 @@ EMULATED: dict[str, tuple[dict[str, Any], list[Callable[[Staged], tuple[torch.Te
     "head_dim_tail": ({}, [tail_of_k, tail_of_v]),
     "split_weight": (SPLITS, [lambda s, tile=tile: even_splits(s, tile) for tile in SPLIT_TILES]),  # type: ignore[misc]
 }
+
+
+@pytest.mark.parametrize("seq_len", [19, 20, 21])
+def test_a_window_edge_among_the_sink_tokens_is_no_edge(seq_len: int) -> None:
+    """The window of 16 and 4 sink tokens overlap, meet, or leave one key out."""
+    staged = stage(make(rows=Rows("decode", (1,), (seq_len - 1,)), sliding_window=16, sink_tokens=4))
+    edges, dropped = staged.effect("window_edges"), staged.effect("sink_tokens")
+    assert (edges.size is None) == (seq_len == 19)
+    assert edges.size is None or edges.size > MARGIN
+    assert dropped.size is not None
+    assert dropped.size > MARGIN
 
 
 def test_every_fault_of_a_matrix_has_a_model_and_every_model_a_test() -> None:
