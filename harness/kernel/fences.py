@@ -25,10 +25,13 @@ from harness.kernel.workspace import Workspaces
 
 @dataclass(frozen=True)
 class Fences:
-    """Which buffers are fenced. only: some, by argument name; None: every one."""
+    """Which buffers are fenced. only: some, by argument name; None: every one. front: right behind the fence before
+    them, not right before the one behind.
+    """
 
     on: bool = False
     only: frozenset[str] | None = None
+    front: bool = False
 
     def around(self, names: Collection[str]) -> bool:
         """Whether memory that holds the buffers `names` is fenced."""
@@ -61,7 +64,8 @@ def fence_launch(
     for shared in _by_storage(input_tensors(args)):
         if fences.around(shared) and shared.keys().isdisjoint(fixed):
             behind = max(room.get(name, 0) * tensor.element_size() for name, tensor in shared.items())
-            moved |= fenced(shared, fill=(torch.int8, _poison_byte(shared.values())), room=behind).views
+            fill = (torch.int8, _poison_byte(shared.values()))
+            moved |= fenced(shared, fill=fill, room=behind, front=fences.front).views
     outputs = tuple(fence_output(fences, output) for output in outputs)
     moved |= {output.name: output.tensor for output in outputs if fences.enclose(output)}
     names = frozenset(moved)
@@ -75,7 +79,7 @@ def fence_output(fences: Fences, output: GuardedOutput) -> GuardedOutput:
     if not fences.enclose(output):
         return output
     red_zone = (output.allocation.dtype, output.poison)
-    found = fenced({output.name: output.tensor}, fill=red_zone)
+    found = fenced({output.name: output.tensor}, fill=red_zone, front=fences.front)
     return replace(output, tensor=found.views[output.name], allocation=found.memory.view(red_zone[0]))
 
 

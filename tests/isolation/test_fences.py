@@ -96,8 +96,8 @@ def test_a_session_tells_which_fence_it_was_and_loses_no_other_case(
     said = {
         "cpu": "the process died of SIGSEGV at beyond.py:[0-9]+ in launch, "
         "(read|touched) right behind block_table [(]fence behind it[)]",
-        "cuda": "the device context died: .*; touched memory before or behind block_table [(]with its fence alone it "
-        "crashes, without any it does not[)]",
+        "cuda": "the device context died: .*; touched memory behind block_table [(]with its fence alone it crashes, "
+        "without any it does not[)]",
     }
     assert re.fullmatch(said[device], record.reason), record.reason
     assert "--fences" in record.reproduce
@@ -150,7 +150,11 @@ def searched(search: FenceSearch, record: Record) -> Record:
 @pytest.mark.parametrize(
     ("culprits", "said"),
     [
-        ({"lse"}, "touched memory before or behind lse (with its fence alone it crashes, without any it does not)"),
+        ({"lse"}, "touched memory behind lse (with its fence alone it crashes, without any it does not)"),
+        (
+            {"lse", "front"},
+            "touched memory before or far behind lse (with its fence alone it crashes, without any it does not)",
+        ),
         ({""}, "it crashes without any fence as well"),
         ({"none"}, "no single fence makes it crash, and without any it does not"),
         ({"hanging"}, "no single fence makes it crash, and without any it does not"),
@@ -160,9 +164,11 @@ def test_a_crash_without_an_address_is_searched_and_told(
     monkeypatch: pytest.MonkeyPatch, culprits: set[str], said: str
 ) -> None:
     def run(session: object, line: str, *, environment: object) -> Alone:
-        command, option = shlex.split(line)[:-1], shlex.split(line)[-1]
+        *command, option = shlex.split(line.removesuffix(" --fence-front"))
         assert command == shlex.split(CRASH.reproduce)
         only = option.removeprefix("--fence-only=")
+        if line.endswith("--fence-front") and "front" not in culprits:
+            return LEFT
         if "hanging" in culprits:
             return replace(LEFT, record=None, death=Death(1, "Timeout (0:00:05)!\n"))
         return replace(LEFT, record=None, death=Death(-11, "")) if culprits & set(only.split(",")) else LEFT

@@ -220,6 +220,17 @@ def test_any_size_and_alignment(size: int) -> None:
         assert len(one.memory) - one.views["x"].storage_offset() - data.numel() < ALIGNMENT
 
 
+def test_at_the_front_what_is_left_lies_behind() -> None:
+    plain, setup = (
+        dict(tensors(setup_of(CASES["strided"], NO_FENCES))),
+        setup_of(CASES["strided"], Fences(True, None, True)),
+    )
+    for buffer, tensor in tensors(setup):
+        before = tensor.data_ptr() - memory_of(tensor).data_ptr()
+        assert (0 <= before < ALIGNMENT, same_bits(tensor, plain[buffer])) == (True, True)
+        assert not is_mapped(memory_of(tensor).data_ptr() - 1)
+
+
 @pytest.mark.parametrize("kernel", sorted(KERNELS))
 @pytest.mark.parametrize("strides", ["compact", "all"])
 def test_honest_kernels_are_green_between_fences(kernel: str, strides: str) -> None:
