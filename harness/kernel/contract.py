@@ -16,7 +16,7 @@ from harness.case import Case
 from harness.dispatch.predicate import Predicate
 from harness.kernel.numerics import NumericsProfile
 from harness.kernel.over_read import BEHIND_THE_END, OverRead
-from harness.matrix.axes import AXES, Choice
+from harness.matrix.axes import AXES, TWIN_AXES, Choice
 from harness.matrix.rows import NAME
 
 FEATURES: dict[str, str] = {
@@ -78,6 +78,7 @@ class Contract:
     index_dtype: str = "int32"
     tail: str = "nan"  # nan: loads behind the last token are masked | loud: masked after the product, so finite only
     window_pages: str = "live"  # live: pages that left the window are still there | dead: they must not be touched
+    arithmetic_by: frozenset[str] = frozenset()  # of TWIN_AXES: another value sums in another order, with other bits
     over_reads: tuple[OverRead, ...] = ()  # known ones: provided, and nothing else is
     returns_lse: bool = True
     launches: tuple[str, ...] = ()  # names of the device kernels it may launch; () where they cannot be observed
@@ -102,7 +103,8 @@ class Contract:
         content: Any = self.content
         if not isinstance(content, Content):
             yield f"content is {', '.join(map(str, Content))}, not {content!r}"
-        for field_name, known in (("features", frozenset(FEATURES)), *_WORDS.items()):
+        sets = (("features", frozenset(FEATURES)), ("arithmetic_by", frozenset(TWIN_AXES)), *_WORDS.items())
+        for field_name, known in sets:
             given: Any = getattr(self, field_name)
             if unknown := {given} if isinstance(given, str) else set(given) - known:
                 shown = ", ".join(sorted(map(str, unknown)))
