@@ -27,6 +27,7 @@ from harness.kernel.guarded import GuardedOutput, checksum, fingerprint
 from harness.kernel.reaching import ReachingOutput
 from harness.kernel.registry import Launcher
 from harness.kernel.torch_state import kept_torch_state
+from harness.kernel.workspace import Workspaces
 
 if TYPE_CHECKING:
     from harness.interpreter.trace import Trace  # needs numpy, which comes with triton
@@ -96,7 +97,7 @@ def launch(
         for name, tensor in inputs.items()
         if _fingerprint(tensor, pools.get(name)) != before[name]
     ]
-    violations += [overrun for output in outputs if (overrun := output.overrun())]
+    violations += [overrun for output in (*outputs, *handed_out(args)) if (overrun := output.overrun())]
     unobservable = not ran and not contract.launches
     return LaunchResult((contract.name,) if unobservable else ran, tuple(violations), trace)
 
@@ -105,6 +106,11 @@ def input_tensors(args: LaunchArguments) -> dict[str, torch.Tensor]:
     """The tensors a kernel may read and must not write, by argument name."""
     names = [field.name for field in fields(args) if field.name not in _OUTPUTS]
     return {name: given for name in names if isinstance(given := getattr(args, name), torch.Tensor)}
+
+
+def handed_out(args: LaunchArguments) -> tuple[GuardedOutput, ...]:
+    """The workspaces that the kernel took from `args` so far."""
+    return tuple(args.allocator.handed.values()) if isinstance(args.allocator, Workspaces) else ()
 
 
 def _fingerprint(tensor: torch.Tensor, pool: Pool | None) -> tuple[int, ...]:
@@ -134,12 +140,19 @@ def _interpreted(
 ) -> tuple[tuple[str, ...], list[str]]:
     from harness.interpreter.strict import strict_interpreter  # needs numpy, which comes with triton
 
-    written = {output.name: output.tensor for output in outputs}
-    for output in outputs:
-        if isinstance(output, ReachingOutput):
-            written[f"surroundings of {output.name}"] = output.surroundings
+    def reachable(written: tuple[GuardedOutput, ...]) -> dict[str, torch.Tensor]:
+        found = {output.name: output.tensor for output in written}
+        around = [output for output in written if isinstance(output, ReachingOutput)]
+        return found | {f"surroundings of {output.name}": output.surroundings for output in around}
+
+    written = reachable(outputs)
     interpreter = strict_interpreter(
-        {**inputs, **written}, outputs=set(written), program_order_seed=seed, room=room, trace=trace
+        {**inputs, **written},
+        outputs=set(written),
+        program_order_seed=seed,
+        room=room,
+        trace=trace,
+        workspaces=lambda: reachable(handed_out(args)),
     )
     cut = False
     with interpreter as session:

@@ -6,7 +6,7 @@ taken to make 0: it is shown smaller than it is, never larger.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -92,7 +92,7 @@ def _other_head(which: str) -> Change:
     return change
 
 
-def _other_slot(which: str, place: Callable[[range], int] | None) -> Change:
+def _other_slot(which: str, place: Callable[[Sequence[int]], int] | None) -> Change:
     """On one page, or on all where `place` is None."""
 
     def change(scene: Scene) -> Rows | None:

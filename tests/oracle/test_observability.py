@@ -79,6 +79,7 @@ def stage(case: Case) -> Staged:
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
     "window": {"sliding_window": 16},
+    "window and sink tokens": {"sliding_window": 16, "sink_tokens": 3},
     "noncausal": {"causal": False, "sliding_window": 20},
     "modifiers": {"sinks": True, "logits_soft_cap": 30.0},
     "alibi": {"alibi": True, "sinks": True},
@@ -158,6 +159,21 @@ def gain(tensor: torch.Tensor, slots: slice, page: int) -> None:
 def neighbour(tensor: torch.Tensor, slots: slice, page: int) -> None:
     from_here = slots.start + (-16 if page else 16)
     tensor[slots] = tensor[from_here : from_here + slots.stop - slots.start].clone()
+
+
+def beside_transitions(staged: Staged, name: str, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The 64 keys next to the page `step` away have its descale, in every sequence and page by page."""
+    size, start = staged.case.page_size, 0
+    descale = staged.batch.k_descale if name == "k" else staged.batch.v_descale  # [num_keys, num_kv_heads, 1]
+    changed = getattr(staged.inputs, name).double()
+    for cached in staged.batch.cached_lens:
+        for first in range(start, start + cached, size):
+            end, there = min(first + size, start + cached), first + step * size
+            if start <= there < start + cached:
+                keys = slice(max(end - 64, first), end) if step > 0 else slice(first, min(first + 64, end))
+                changed[keys] *= descale[there].double() / descale[first].double()
+        start += cached
+    return attended(staged.inputs, **{name: changed})
 
 
 def of_other_heads(staged: Staged, which: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -246,6 +262,10 @@ EMULATED: dict[str, tuple[dict[str, Any], list[Callable[[Staged], tuple[torch.Te
         {"sliding_window": 16},
         [lambda s: attended(s.inputs, sliding_window=17), lambda s: attended(s.inputs, sliding_window=15)],
     ),
+    "sink_tokens": (
+        {"sliding_window": 16, "sink_tokens": 3},
+        [lambda s, n=n: attended(s.inputs, sink_tokens=n) for n in (0, 4, 2)],  # type: ignore[misc]
+    ),
     "causal_edge": (
         {},
         [
@@ -262,6 +282,10 @@ EMULATED: dict[str, tuple[dict[str, Any], list[Callable[[Staged], tuple[torch.Te
     "scale_dropped": (
         FP8,
         [lambda s: attended(s.inputs, k=s.payload[0]), lambda s: attended(s.inputs, v=s.payload[1])],
+    ),
+    "stale_descale": (
+        {"descales_per": "page", "page_size": 72, "causal": False, **FP8},
+        [lambda s, w=w, by=by: beside_transitions(s, w, by) for w in "kv" for by in (1, -1)],  # type: ignore[misc]
     ),
     "descale_head": (
         {**FP8, "descales_per": "head"},
@@ -299,6 +323,17 @@ EMULATED: dict[str, tuple[dict[str, Any], list[Callable[[Staged], tuple[torch.Te
 }
 
 
+@pytest.mark.parametrize("seq_len", [19, 20, 21])
+def test_a_window_edge_among_the_sink_tokens_is_no_edge(seq_len: int) -> None:
+    """The window of 16 and 4 sink tokens overlap, meet, or leave one key out."""
+    staged = stage(make(rows=Rows("decode", (1,), (seq_len - 1,)), sliding_window=16, sink_tokens=4))
+    edges, dropped = staged.effect("window_edges"), staged.effect("sink_tokens")
+    assert (edges.size is None) == (seq_len == 19)
+    assert edges.size is None or edges.size > MARGIN
+    assert dropped.size is not None
+    assert dropped.size > MARGIN
+
+
 def test_every_fault_of_a_matrix_has_a_model_and_every_model_a_test() -> None:
     assert list(FAULT_MODELS) == list(FAULTS)
     assert set(EMULATED) == set(FAULTS)
@@ -333,6 +368,7 @@ def test_a_case_that_sees_and_one_that_cannot(fault: str) -> None:
         ("softmax_scale", {"data": "uniform"}),
         ("k_descale", {"data": "uniform", **FP8}),
         ("scale_dropped", {"descales": "one", **FP8}),
+        ("stale_descale", {"descales_per": "page", "data": "uniform", **FP8}),
         ("descale_head", {"descales_per": "head", "descales": "equal", **FP8}),
         ("descale_slot", {"descales_per": "token", "descales": "equal", **FP8}),
         ("encoding", {"data": "uniform", **FP8}),
@@ -359,6 +395,8 @@ ONE = Rows("one", (1,), (9,))
         ("page_swap", {"rows": ONE}, "no sequence has two cached pages"),
         ("k_descale", {}, "the cache stores the dtype of the case: no descale"),
         ("v_descale", {"kernel": "prefix_prefill", "rows": Rows("new", (9,), (0,)), **FP8}, "no token is in the cache"),
+        ("stale_descale", FP8, "descales are not by page"),
+        ("stale_descale", {"rows": ONE, "descales_per": "page", **FP8}, "no sequence has two cached pages"),
         ("descale_head", FP8, "one descale for all heads"),
         ("descale_head", {"gqa_ratio": 4, "descales_per": "page", **FP8}, "one KV head"),
         ("descale_slot", {"descales_per": "page", **FP8}, "tokens have no descales of their own"),
