@@ -225,6 +225,7 @@ class Session:
         return replace(
             self.options,
             demand=Demand(matrix.must_see, matrix.margin),
+            twins=matrix.twins,
             noise_floor=matrix.noise_floor,
             must_run=matrix.must_run,
         )

@@ -16,6 +16,18 @@ import torch
 
 from harness.cache.content import Content
 from harness.case import Case
+from harness.oracle.payload_faults import (
+    ENCODINGS,
+    OTHER_HEADS,
+    OTHER_SLOTS,
+    Change,
+    no_8_bit_output,
+    no_8_bit_query,
+    one_head,
+    one_slot,
+    output_scale_dropped,
+    q_descale_dropped,
+)
 from harness.oracle.scene import PLACES, Outcome, Rows, Scene, per_head, seen_at
 from harness.oracle.stale import NEIGHBOUR, STEPS, Stale
 
@@ -23,7 +35,6 @@ GAIN = 1.02  # of the faults that scale: about what the descales of two neighbou
 STALE_TILE = 64  # keys per tile that has the descale of a neighbouring page
 SPLIT_TILES = (16, 64)  # keys per tile of a split: kernels give whole tiles to a split
 
-Change = Callable[[Scene], Rows | Outcome | None]
 Excuse = Callable[[Case, Content], str | None]  # why a case cannot have the fault, or None
 
 
@@ -115,13 +126,20 @@ def _page_swap(place: Callable[[Sequence[int]], int]) -> Change:
     return change
 
 
+def _under_one_descale(scene: Scene, place: Callable[[Sequence[int]], int]) -> slice | None:
+    """Cached tokens whose descale is wrong where one is: a page, but all tokens where a head has one descale."""
+    if not scene.cached_pages:
+        return None
+    return slice(0, scene.cached_len) if scene.case.descales_per == "head" else scene.slots(place(scene.cached_pages))
+
+
 def _k_descale(place: Callable[[Sequence[int]], int]) -> Change:
     def change(scene: Scene) -> Rows | None:
-        pages = scene.cached_pages
-        if not pages:
+        slots = _under_one_descale(scene, place)
+        if slots is None:
             return None
         dots = scene.rows.dots.clone()
-        dots[..., scene.slots(place(pages))] *= GAIN
+        dots[..., slots] *= GAIN
         return replace(scene.rows, dots=dots)
 
     return change
@@ -129,11 +147,11 @@ def _k_descale(place: Callable[[Sequence[int]], int]) -> Change:
 
 def _v_descale(place: Callable[[Sequence[int]], int]) -> Change:
     def change(scene: Scene) -> Rows | None:
-        pages = scene.cached_pages
-        if not pages:
+        slots = _under_one_descale(scene, place)
+        if slots is None:
             return None
         v = scene.rows.v.clone()
-        v[:, scene.slots(place(pages))] *= GAIN
+        v[:, slots] *= GAIN
         return replace(scene.rows, v=v)
 
     return change
@@ -263,6 +281,10 @@ def _no_transition(case: Case, content: Content) -> str | None:
     return _one_page(case, content) if case.descales_per == "page" else "descales are not by page"
 
 
+def _both(first: Excuse, second: Excuse) -> Excuse:
+    return lambda case, content: first(case, content) or second(case, content)
+
+
 def _no_window(case: Case, content: Content) -> str | None:
     if case.sliding_window is None:
         return "no window"
@@ -350,6 +372,16 @@ FAULT_MODELS: Mapping[str, Fault] = {
             "descales: loud, or more query heads",
             graded=True,
         ),
+        Fault(
+            "descale_head",
+            _both(_no_descale, one_head),
+            OTHER_HEADS,
+            "descales: loud",
+        ),
+        Fault("descale_slot", _both(_no_descale, one_slot), OTHER_SLOTS, "descales: loud, or shorter rows"),
+        Fault("encoding", _no_descale, ENCODINGS, "values far above the tolerance: data: normal"),
+        Fault("q_descale", no_8_bit_query, {"": q_descale_dropped}, "scores that differ: data: normal"),
+        Fault("output_scale", no_8_bit_output, {"": output_scale_dropped}, "data: normal"),
         Fault("softmax_scale", _never, {"": _softmax_scale}, "scores that differ: data: probe", graded=True),
         Fault("gqa_mapping", _one_mapping, {"": _gqa_mapping}, "values that differ by head: data: normal"),
         Fault(

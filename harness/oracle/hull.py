@@ -29,6 +29,10 @@ def judge_hull(inputs: AttentionInputs, out: torch.Tensor, profile: NumericsProf
     low, high = attended_range(inputs)  # [num_tokens, num_kv_heads, head_size_v] each
     slack = _slack(low, high, inputs, profile, q_dtype)
     low, high = (low - slack)[:, :, None], (high + slack)[:, :, None]
+    out_type = element_type(profile.out_type(q_dtype))
+    if out_type.size == 1:  # what lies beyond its range is stored as its end
+        largest = out_type.largest * profile.out_scale
+        low, high = low.clamp(max=largest), high.clamp(min=-largest)
     by_kv_head = out.view(num_tokens, heads, num_q_heads // heads, size).to(low.dtype)
     over = torch.maximum(by_kv_head - high, low - by_kv_head)  # > 0 outside; NaN compares false
     outside = over > 0

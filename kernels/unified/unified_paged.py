@@ -25,7 +25,7 @@ from .._shared.paged_tile import (
     visible,
 )
 from .._shared.payload import as_loaded, descales_by_key, descales_of, payload_values
-from .softmax_rows import initial_max_and_sum, rescale, store_rows
+from .._shared.softmax_rows import initial_max_and_sum, rescale, store_rows
 from .split_kv import keys_per_split, part_offsets, split_kv_combine_kernel
 
 # Pointers and sizes differ from case to case: specialising on their alignment or on the value 1 would only multiply
