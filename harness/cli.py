@@ -166,10 +166,11 @@ def _kernels(folders: Sequence[Path]) -> int:
     for contract in find_kernels(folders).values():
         sys.stdout.write(f"{contract.name:<30} {contract.content.value:<9} {contract.about}\n")
         sys.stdout.write(f"{'':<30} features: {', '.join(sorted(contract.features))}\n")
-        for dtype in sorted(contract.dtypes):
-            known = " (unknown)" if contract.numerics == UNKNOWN else ""
-            hidden = cost(contract.numerics, dtype) or "nothing is hidden by roundings of P"
-            sys.stdout.write(f"{'':<30} numerics{known}, {dtype}: {hidden}\n")
+        for kernel, numerics in (("", contract.numerics), *contract.numerics_by_kernel):
+            known = f" of {kernel}" if kernel else " (unknown)" if numerics == UNKNOWN else ""
+            for dtype in sorted(contract.dtypes):
+                hidden = cost(numerics, dtype) or "nothing is hidden by roundings of P"
+                sys.stdout.write(f"{'':<30} numerics{known}, {dtype}: {hidden}\n")
     return 0
 
 

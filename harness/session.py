@@ -214,6 +214,7 @@ class Session:
             fences=Fences(
                 self.config.getoption("--fences"),
                 None if (only := self.config.getoption("--fence-only")) is None else frozenset(only.split(",")),
+                self.config.getoption("--fence-front"),
             ),
             buffer_map=Path(chosen) if (chosen := self.config.getoption("--buffer-map")) else None,
         )
@@ -225,6 +226,7 @@ class Session:
         return replace(
             self.options,
             demand=Demand(matrix.must_see, matrix.margin),
+            twins=matrix.twins,
             noise_floor=matrix.noise_floor,
             must_run=matrix.must_run,
         )

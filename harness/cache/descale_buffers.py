@@ -7,7 +7,6 @@ in the order of their strides, so that none follows from a shape.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 
 import torch
@@ -39,7 +38,7 @@ def block_descale(problem: Problem, placed: Placed, dead: Collection[int]) -> to
     scales, gap = problem.descales, int(problem.case.strides != "compact")
     block = _nan(placed.num_pages, scales.shape[1] + gap, 2 + 3 * gap, device=scales.device)[:, : scales.shape[1], :2]
     block[[page for pages in placed.pages for page in pages]] = scales
-    block[sorted(dead)] = math.nan
+    block[sorted(dead)] = _nan(1, device=scales.device)
     return block
 
 

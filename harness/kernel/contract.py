@@ -6,7 +6,7 @@ whatever a contract does not admit is UNSUPPORTED, with the clause that says so,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from harness.case import Case
 from harness.dispatch.predicate import Predicate
 from harness.kernel.numerics import NumericsProfile
 from harness.kernel.over_read import BEHIND_THE_END, OverRead
-from harness.matrix.axes import AXES, Choice
+from harness.matrix.axes import AXES, TWIN_AXES, Choice
 from harness.matrix.rows import NAME
 
 FEATURES: dict[str, str] = {
@@ -25,6 +25,7 @@ FEATURES: dict[str, str] = {
     "logits_soft_cap": "a soft cap on the logits",
     "alibi": "ALiBi slopes",
     "sinks": "attention sinks (one virtual logit per head)",
+    "sink_tokens": "leading tokens that stay visible outside of the sliding window",
     "split_kv": "the split-KV path (num_splits)",
     "softmax_scale": "a softmax scale other than 1/sqrt(head_size) (scale_factor)",
     "head_size_v": "a V head size that differs from K's",
@@ -73,9 +74,11 @@ class Contract:
     page_sizes: frozenset[int] | None = None  # None: any
     head_sizes: frozenset[int] | None = None  # None: any
     max_gqa_ratio: int | None = None  # None: any
+    refuses: Callable[[Case], str | None] | None = None  # what else it does not take: the clause, or None
     index_dtype: str = "int32"
     tail: str = "nan"  # nan: loads behind the last token are masked | loud: masked after the product, so finite only
     window_pages: str = "live"  # live: pages that left the window are still there | dead: they must not be touched
+    arithmetic_by: frozenset[str] = frozenset()  # of TWIN_AXES: another value sums in another order, with other bits
     over_reads: tuple[OverRead, ...] = ()  # known ones: provided, and nothing else is
     returns_lse: bool = True
     launches: tuple[str, ...] = ()  # names of the device kernels it may launch; () where they cannot be observed
@@ -84,6 +87,7 @@ class Contract:
     needs: tuple[str, ...] = ()  # importable modules beyond torch, e.g. ("triton",)
     install_hint: str = ""  # one line: what to install when `needs` is not met
     numerics: NumericsProfile = field(default_factory=NumericsProfile)
+    numerics_by_kernel: tuple[tuple[str, NumericsProfile], ...] = ()  # of device kernels that round otherwise
     folder: Path | None = None  # set by the registry
 
     def __post_init__(self) -> None:
@@ -99,7 +103,8 @@ class Contract:
         content: Any = self.content
         if not isinstance(content, Content):
             yield f"content is {', '.join(map(str, Content))}, not {content!r}"
-        for field_name, known in (("features", frozenset(FEATURES)), *_WORDS.items()):
+        sets = (("features", frozenset(FEATURES)), ("arithmetic_by", frozenset(TWIN_AXES)), *_WORDS.items())
+        for field_name, known in sets:
             given: Any = getattr(self, field_name)
             if unknown := {given} if isinstance(given, str) else set(given) - known:
                 shown = ", ".join(sorted(map(str, unknown)))
@@ -109,6 +114,8 @@ class Contract:
             yield f"launches is a tuple, ('{launches}',) for one kernel"
         if self.dispatch is not None and (foreign := sorted(self.dispatch.every_kernel - set(self.launches))):
             yield f"dispatch leads to {foreign[0]}, which launches does not name"
+        if strangers := sorted({name for name, _ in self.numerics_by_kernel} - set(self.launches)):
+            yield f"numerics_by_kernel has {strangers[0]}, which launches does not name"
         if self.window_pages not in ("live", "dead"):
             yield f"window_pages is live or dead, not {self.window_pages!r}"
 
@@ -131,6 +138,12 @@ class Contract:
         """The device kernels without which `case` did not take the path it is for."""
         decided = None if self.dispatch is None else self.dispatch.of(case)
         return frozenset(self.launches if decided is None else decided.kernels)
+
+    def rounding_as(self, case: Case) -> Contract:
+        """This contract with the numerics of the device kernel that `case` must launch."""
+        taken = self.must_launch(case)
+        own = next((numerics for name, numerics in self.numerics_by_kernel if name in taken), self.numerics)
+        return replace(self, numerics=own)
 
     def unsupported(self, case: Case) -> str | None:
         """The clause of this contract that `case` is outside of, or None where the case is admitted."""
@@ -156,7 +169,7 @@ class Contract:
             return "tail nan (tails are masked after the product: finite values only)"
         for feature in sorted(required_features(case) - self.features):
             return f"{feature} ({FEATURES[feature]})"
-        return None
+        return None if self.refuses is None else self.refuses(case)
 
 
 def required_features(case: Case) -> frozenset[str]:
@@ -167,6 +180,7 @@ def required_features(case: Case) -> frozenset[str]:
         "logits_soft_cap": case.logits_soft_cap is not None,
         "alibi": case.alibi,
         "sinks": case.sinks,
+        "sink_tokens": case.sink_tokens > 0,
         "split_kv": case.num_splits is not None,
         "softmax_scale": case.scale_factor != 1.0,
         "head_size_v": case.value_size != case.head_size,

@@ -30,10 +30,17 @@ FAULTS: Mapping[str, str] = {
     "newest_token": "the newest token of a row not read",
     "window_edges": "the sliding window off by one at either edge",
     "causal_edge": "the causal mask off by one",
+    "sink_tokens": "the leading tokens that a window does not hide dropped, or one of them too many or too few",
     "page_swap": "a page read from its neighbour's place",
-    "k_descale": "the K descale of one page off by 2 %",
-    "v_descale": "the V descale of one page off by 2 %",
+    "k_descale": "the K descale of one page, or of one head, off by 2 %",
+    "v_descale": "the V descale of one page, or of one head, off by 2 %",
     "scale_dropped": "a descale not applied",
+    "stale_descale": "keys beside a page transition scaled by the descale of the page on the other side",
+    "descale_head": "the descale of another KV head",
+    "descale_slot": "the descale of the neighbouring token",
+    "encoding": "stored bytes read as another format",
+    "q_descale": "the descale of the query not applied",
+    "output_scale": "the scale of the output not applied",
     "softmax_scale": "the softmax scale off by 2 %",
     "gqa_mapping": "queries matched with the wrong KV head",
     "sink": "the attention sink dropped or counted twice",
@@ -113,6 +120,7 @@ class Matrix:
     spans: Mapping[tuple[str, Any], Span]
     margin: float = 8.0  # tolerances by which the effect of a fault of must_see shows
     legacy_tolerance: tuple[float, float] | None = None  # atol, rtol of another suite; attnreg audit measures with it
+    twins: tuple[str, ...] = ()  # of TWIN_AXES: a case's twin with another value must leave the same bits
     must_run: tuple[MustRun, ...] = ()
     unreached: tuple[Unreached, ...] = ()
     noise_floor: str = "off"  # off, or one of NOISE_FLOORS: what an error elevated over that of a case's twin ends in

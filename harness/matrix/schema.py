@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 
-from harness.matrix.axes import ALIASES, AXES, Schema, axis_name
+from harness.matrix.axes import ALIASES, AXES, TWIN_AXES, Schema, axis_name
 from harness.matrix.conditions import EXPECT_KEYS
 from harness.matrix.dispatching import MUST_RUN_KEYS, UNREACHED_KEYS, UNREACHED_TIERS
 from harness.matrix.expect import EXPECTABLE
@@ -36,6 +36,7 @@ def build() -> Schema:
         "margin": {"type": "number", "minimum": 1},
         "legacy_tolerance": _object({key: {"type": "number", "minimum": 0} for key in LEGACY_KEYS}, list(LEGACY_KEYS)),
         "noise_floor": {"enum": list(NOISE_FLOORS)},
+        "twins": _many({"enum": list(TWIN_AXES)}),
         "must_run": _many(_object(dict.fromkeys(MUST_RUN_KEYS, _TEXT), list(MUST_RUN_KEYS))),
         "unreached": _many(
             _object(

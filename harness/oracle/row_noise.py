@@ -7,9 +7,12 @@ enters neither. Rows whose errors are not generic (one key has all the mass, or 
              + sum_c h_c^2 / 3 X_c^2        output: h_c the half ulp of o_c, subnormals included
              + sum_j (b p_j)^2 (y_j - x)^2  logits: b from the float32 dot product and logits rounded, x = o . X
              + accumulation, row sum and 16-bit split partials, rounded to nearest
-               all times the number of rows with (nearly) the same output, which round alike
+               all times the number of rows with (nearly) the same output, which round alike; 16-bit partials times
+               that of all rows, as those of a split in which one key has the mass are its values in every row
     bias       b' sqrt(sum_j p_j (y_j - x)^2)   exp, scale and truncating products q . k, by Cauchy-Schwarz
              + sum_F A_j |y_j|                  keys that may be flushed to zero, by Cauchy-Schwarz over keys or dims
+             + sum_j g_j p_j |y_j|              V descales w folded into P: a P of 1 is w itself, which rounds by
+                                                g = |rnd(w) / w - 1| in every row; by Cauchy-Schwarz over keys
              + c (n / k) 2^-24 sum_c |o_c X_c|  truncating accumulators
              + (u_P^2 + u_out^2) |x|            mean of a relative rounding error, of second order
              + sum_c h_c |X_c|                  outputs of 8 bits or near 0, where rounding follows the value
@@ -17,12 +20,14 @@ enters neither. Rows whose errors are not generic (one key has all the mass, or 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from harness.dtypes import ElementType, element_type
 from harness.kernel.numerics import NumericsProfile
+from harness.oracle.emulate import round_to
 from harness.oracle.tolerance import (
     DOT_FACTOR,
     EXP_ULPS,
@@ -36,7 +41,8 @@ from references.moments import product
 from references.rows import Rows
 
 GRAM_ELEMENTS = 1 << 26  # of the largest temporary on the way to a Gram matrix
-MOST_WEIGHTS = 4  # weight sets of a row
+MOST_WEIGHTS = 5  # weight sets of a row
+MAX_PARTIALS_ALIKE = 256  # rows that may have the same partial of a split, at least: as many as any part is of
 FLUSHES_MUCH = 2.0**-20  # half a subnormal of P, relative to the largest P, above which lost keys need a close bound
 BIAS_SLACK = {torch.bfloat16: 1 + 2.0**-6, torch.float32: 1 + 2.0**-18}  # for biases summed from products of a type
 SNAP = 8  # in roundoffs: closer than this to 1, P = 1 - p snaps to 1 and an output to the value that is stored
@@ -66,7 +72,7 @@ class RowNoise:
     out: torch.Tensor  # [L, head_size_v]
     used: torch.Tensor  # [L] bool
     alike: torch.Tensor  # [L] number of rows that round as this one does, itself included
-    weights: dict[str, torch.Tensor]  # [L, n]: cast (squares / 3), mass (p), flushed (A of lost keys), logit (squares)
+    weights: dict[str, torch.Tensor]  # [L, n]: cast, logit (squares), mass (p), flushed (A of lost keys), folded (g p)
     logit_of_cast: torch.Tensor  # [L] variance from logits per variance from the cast, where they have no weights
     sum_after_cast: bool
     lost_values: torch.Tensor  # [L] sum_F A_j |v_j|, where flushed keys have no weights; else 0
@@ -100,11 +106,12 @@ class RowNoise:
         bias = self.coherent[..., None] * about("mass", along).sqrt_()
         if self.accumulator is not None:
             bias += self.accumulator[..., None] * about("mass", 0.0).sqrt_()
-        if "flushed" in sums:
-            lost = sums["flushed"][2]  # [L, 1]
-            bias += (lost * about("flushed", 0.0)).sqrt_()
-            if self.sum_after_cast:
-                bias += lost * along.abs()
+        for name in ("flushed", "folded"):
+            if name in sums:
+                lost = sums[name][2]  # [L, 1]
+                bias += (lost * about(name, 0.0)).sqrt_()
+                if self.sum_after_cast:
+                    bias += lost * along.abs()
         size = x.abs()
         bias += self.truncation[..., None] * (size @ self.out.abs()[..., None])[..., 0]
         bias += (size @ self.coarse_out[..., None])[..., 0]
@@ -184,6 +191,8 @@ def row_noise(rows: Rows, profile: NumericsProfile, q_dtype: str, alike: torch.T
         lost_values = (lost @ rows.v.norm(dim=-1)[..., None])[..., 0]
         if profile.sum_after_cast:
             lost_values += lost.sum(-1) * out.norm(dim=-1)
+    if rows.weight is not None and bool((gain := _own_rounding(rows.weight, p_types)).any()):
+        weights["folded"] = gain * p
     if profile.s_dtype != "fp32":
         weights["logit"] = (dot[..., None].square() + (_roundoff(profile.s_dtype) * size).square_() / 3).mul_(p * p)
 
@@ -208,7 +217,7 @@ def row_noise(rows: Rows, profile: NumericsProfile, q_dtype: str, alike: torch.T
     per_dim += ((2 * truncation) ** 2 + rounding)[..., None] * (spread + out * out)
     if profile.split_partial_dtype != "fp32":
         partial = element_type(profile.split_partial_dtype).unit_roundoff * (p @ rows.v.abs())
-        per_dim += partial.square_().div_(3)
+        per_dim += partial.square_().mul_(max(p.shape[2], MAX_PARTIALS_ALIKE) / 3)
     single = torch.float32
     coarse = max(p_type.unit_roundoff, out_type.unit_roundoff)
     mean = rows.v.mean(2, keepdim=True)  # padded keys count as zeros: any centre is as right
@@ -231,6 +240,13 @@ def row_noise(rows: Rows, profile: NumericsProfile, q_dtype: str, alike: torch.T
         second_order=p_type.unit_roundoff**2 + out_type.unit_roundoff**2,
         coarse_out=(out_ulp if out_type.size == 1 else out_ulp.masked_fill(~few_steps, 0.0)).to(single),
     )
+
+
+def _own_rounding(folded: torch.Tensor, p_types: list[ElementType]) -> torch.Tensor:
+    """How far weights `folded` into P are off where P is 1, relative, in the worse of `p_types`: of the same shape."""
+    mantissa, _ = torch.frexp(folded)  # in [1/2, 1): P is scaled so that it does not leave the normal numbers
+    off = [(round_to(mantissa, kind.name) / mantissa - 1).abs_() for kind in p_types]
+    return torch.maximum(*off)
 
 
 def _roundoff(name: str) -> float:
@@ -270,4 +286,24 @@ def rows_alike(out: torch.Tensor, profile: NumericsProfile, q_dtype: str) -> tor
     roundoff = max(element_type(profile.out_type(q_dtype)).unit_roundoff, COARSEST)
     direction = out / out.norm(dim=-1, keepdim=True).clamp_min_(1e-300)
     count: torch.Tensor = ((direction @ direction.transpose(-1, -2)) > 1 - 8 * roundoff**2).sum(-1).clamp_(min=1)
+    return count
+
+
+def patterns_alike(rows: Rows, profile: NumericsProfile, q_dtype: str) -> torch.Tensor:
+    """How many rows of the same sequence and KV head round P as each does, as far as correlations go: [L].
+
+    Logits that differ by d between two rows, but for a constant, of which the steps of P are h apart, have rounding
+    errors that correlate by exp(-2 pi^2 var(d) / h^2), on average over such d: the first harmonic of their sawtooth.
+    """
+    step = 2 * max(element_type(profile.p_type(q_dtype, cached)).unit_roundoff for cached in (True, False))
+    seen = rows.visible.expand_as(rows.p).double()  # [L, n]
+    logits = rows.scores.masked_fill(~rows.visible, 0.0)
+    weight = rows.p.square().mean(2, keepdim=True) * seen
+    first, other = weight * logits, seen.transpose(-1, -2)
+    common = (weight @ other).clamp_(min=1e-300)  # [L, L'], of the keys that both rows see
+    mean = first @ other
+    square = (first * logits) @ other
+    square = square + square.transpose(-1, -2) - 2 * first @ logits.transpose(-1, -2)
+    variance = square / common - ((mean - mean.transpose(-1, -2)) / common).square()
+    count: torch.Tensor = (-2 * math.pi**2 / step**2 * variance.clamp(min=0)).exp().sum(-1).clamp_(min=1)
     return count

@@ -27,32 +27,35 @@ from harness.errors import (
     first_line,
 )
 from harness.interpreter import prepare
-from harness.kernel.buffer_map import write_buffer_map
 from harness.kernel.contract import Contract
 from harness.kernel.failures import memory_shortage
 from harness.kernel.fences import NO_FENCES, Fences
-from harness.kernel.launch import LaunchResult, input_tensors, launch
+from harness.kernel.launch import LaunchResult, launch
 from harness.kernel.registry import code_home, load_entry
 from harness.matrix.matrix import MustRun
 from harness.oracle.findings import AccessFindings
 from harness.oracle.finer import finer_tolerance
 from harness.oracle.judge import judge
+from harness.oracle.name_payload_fault import name_payload_fault
 from harness.oracle.observability import blind_to, known_tolerance
 from harness.oracle.tolerance import Tolerance, tolerance
 from harness.problem.admission import AUTO, NEEDLES
 from harness.problem.problem import build_problem
 from harness.run.addresses import memory_of, tell_addresses, unreached, unseen_addresses
+from harness.run.agreement import with_agreement
 from harness.run.judge_access import judge_launch, untraceable
 from harness.run.judge_gains import with_gains
-from harness.run.observe import NO_DEMAND, Demand, choose_law, explain_unseen, observe_setup
+from harness.run.observe import NO_DEMAND, Demand, batch_of, choose_law, explain_unseen, observe_setup
 from harness.run.outcome import Outcome, Verdict
 from harness.run.plant import NO_PLANT, Plant
 from harness.run.reference import attend_as, reference_inputs
-from harness.run.setup import Setup, build_arguments, check_setup
+from harness.run.setup import Setup, build_arguments, check_setup, mapped
+from harness.run.stale import explain_stale
 from harness.run.twice import with_second_launch
 from harness.run.twin import with_noise_floor
 from harness.triage.bar_codes import decode_bar_codes
 from harness.triage.explain import explain_mismatch, explain_setup_bug, with_row
+from harness.triage.payload import tell_payload_fault
 from harness.triage.raised import explain_raised
 from references.attention import AttentionInputs, AttentionReference
 
@@ -73,6 +76,7 @@ class Options:
     fences: Fences = NO_FENCES  # buffers with nothing mapped around them: for processes that may end
     buffer_map: Path | None = None  # where the addresses of the buffers are written before the launch
     twice: bool = False  # launch once more in another order of programs, and compare bits
+    twins: tuple[str, ...] = ()  # axes in which a twin of the case must leave the same bits
     noise_floor: str = "off"  # off | report | fail: whether errors are compared with those of a case's twin
     must_run: tuple[MustRun, ...] = ()  # what the matrix states of the device kernels that run
 
@@ -110,6 +114,7 @@ def run_case(case: Case, contract: Contract, options: Options) -> Verdict:
     case = options.plant.case(_reseeded(case, options))
     if why := refuted(case, contract, options.must_run):  # other seeds than the matrix's may draw another batch
         return Verdict(Outcome.TEST_BUG, f"before launch: {why}")
+    contract = contract.rounding_as(case)
     device = resolve_device(options.device)
     watch = Stopwatch(device)
     law = ""
@@ -213,8 +218,7 @@ def _launched(contract: Contract, setup: Setup, options: Options, watch: Stopwat
                 return Verdict(Outcome.BLIND, explanation["summary"], explanation=explanation)
         untraced = untraceable(case, watch.device, asked=options.access_trace)
         if options.buffer_map is not None:
-            outputs = {output.name: output.tensor for output in setup.outputs}
-            write_buffer_map(options.buffer_map, {**input_tensors(setup.args), **outputs}, setup.fenced)
+            setup = mapped(setup, options.buffer_map)
         with watch.phase("launch"):
             result = launch(
                 contract,
@@ -238,6 +242,9 @@ def _launched(contract: Contract, setup: Setup, options: Options, watch: Stopwat
             with watch.phase("again"):
                 seed = case.geometry_seed + 1
                 verdict = with_second_launch(verdict, contract, setup, options.plant, launcher, seed=seed)
+        if options.twins and verdict.outcome is Outcome.PASS:
+            with watch.phase("twins"):
+                verdict = with_agreement(verdict, contract, setup, launcher, options.twins)
         if options.noise_floor == "off" or verdict.outcome is not Outcome.PASS:
             return verdict
         with watch.phase("twin"):
@@ -286,6 +293,10 @@ def _verdict(
     if findings.clean:
         return replace(verdict, tighter_err_over_tol=_tighter(contract, setup, reference))
     explanation = explain_mismatch(case, findings)
+    if named := name_payload_fault(
+        batch_of(setup, inputs, contract), contract.content, out.tensor.double() * allowed.out_scale, allowed.largest
+    ):
+        explanation = with_row(explanation, "explained by", tell_payload_fault(named))
     if case.data == "bar_codes":
         _, values = effective_kv(setup.problem, setup.cache, contract.content)
         read = decode_bar_codes(out.tensor.double() * allowed.out_scale, setup.problem, values)
@@ -294,6 +305,9 @@ def _verdict(
     if addresses := tell_addresses(setup, contract, out.tensor):
         explanation = with_row(explanation, "address", *addresses)
         reason = f"{addresses[0]}; {reason}"
+    if exchanged := explain_stale(setup, contract, inputs, findings):
+        explanation = with_row(explanation, "looks like", *exchanged)
+        reason = f"{exchanged[0]}; {reason}"
     return replace(verdict, outcome=Outcome.FAIL, reason=reason, explanation=explanation)
 
 

@@ -19,6 +19,8 @@ _LOOKS_LIKE = {
     gains.OLDEST_WEIGHT: {-1: "the oldest key each query should see is not read (left edge of the window)"},
     gains.NEWEST_WEIGHT: {-1: "the newest key each query should see is not read"},
     gains.BEYOND_OLDEST: {1: "one key too many is read at the left edge of the window"},
+    gains.SINK_TOKENS: {-1: "the leading tokens that a window must not hide (sink_tokens) are not read"},
+    gains.BEYOND_SINKS: {1: "one key too many is read behind the sink tokens"},
     gains.BEYOND_NEWEST: {1: "one key behind the query is read (causal edge)"},
     gains.PAGE_WEIGHT: {-1: "one page is not read", 1: "one page counts twice"},
     gains.HEAD_MODULO: {1: "kv head = q head % num_kv_heads, instead of q head // gqa_ratio"},
@@ -63,6 +65,8 @@ def gain_summary(case: Case, found: GainFindings) -> str:
 
 
 def _line(case: Case, gain: Gain) -> str:
+    if gain.kind in (gains.K_STALE, gains.V_STALE):
+        return f"{_stale(gain)}, {_where(case, gain)}: {gain.estimate * 100:.0f} % of that (z {gain.z:.0f})"
     size = f"x{1 + gain.estimate:.4f}" if gain.kind in (gains.K_DESCALE, gains.V_DESCALE) else _percent(gain.estimate)
     return f"{_what(gain)}, {_where(case, gain)}: {size} (z {gain.z:.0f})"
 
@@ -80,6 +84,13 @@ def _what(gain: Gain) -> str:
     if gain.split is not None:
         return f"{gain.kind} {gain.split}"
     return gain.kind if gain.other_head is None else f"kv head {gain.other_head} read"
+
+
+def _stale(gain: Gain) -> str:
+    edge, neighbour = ("last", "next") if (gain.step or 0) > 0 else ("first", "previous")
+    on = "each page" if gain.slot is None else _page(gain)
+    whose = f"the {neighbour} page" if gain.other_page is None else f"page {gain.other_page}"
+    return f"{gain.kind.split()[1]} of the {edge} {gain.num_keys} keys of {on} as scaled by {whose}"
 
 
 def _page(gain: Gain) -> str:

@@ -24,7 +24,10 @@ PREFILL = case("prefix_prefill", (5, 1, 9), (30, 40, 0))
 PREFILL_WINDOW = case("prefix_prefill", (5,), (79,), sliding_window=17)
 MIXED = case("chunked_prefill_paged_decode", (5, 1, 9), (30, 40, 0))
 UNIFIED = case("unified_paged", (5, 1), (30, 40))
+LISTED = case("unified_paged", (5, 1), (30, 40), page_table="kv_indices")
+VECTORIZED = case("unified_paged", (5, 1), (30, 40), layout="vectorized", strides="cache")
 UNIFIED_WINDOW = case("unified_paged", (5,), (79,), sliding_window=17)
+UNIFIED_SINKS = case("unified_paged", (5,), (110,), sliding_window=17, sink_tokens=3)
 SPLIT = case("unified_paged", (1, 1), (140, 70), num_splits=3)
 BY_TOKEN = case("unified_paged", (5, 1), (30, 40), kv_dtype="int8", descales_per="token", strides="cache")
 BY_HEAD = case("unified_paged", (5, 1), (30, 40), kv_dtype="fp8_e5m2fnuz", descales_per="head", strides="cache")
@@ -101,6 +104,13 @@ FAULTS = (
         ("never read: K and V of position 63 ",),
     ),
     Fault(
+        "sink tokens not visited",
+        UNIFIED_SINKS,
+        "sink_tiles = tl.cdiv(",
+        "sink_tiles = 0 * tl.cdiv(",
+        ("never read: K and V of positions 0..2 (page ",),
+    ),
+    Fault(
         "over-read by one page",
         DECODE,
         "cached = key_pos < seq_len\n",
@@ -136,6 +146,38 @@ FAULTS = (
             "read from another sequence: page table entries 0..2 of sequence 0",
             "never read: K and V of positions 0..40 ",
         ),
+    ),
+    Fault(
+        "list of pages over-read by one entry",
+        LISTED,
+        "key // page_size, mask=cached",
+        "key // page_size, mask=key < seq_len + page_size",
+        ("read too far: page table entry 3 of sequence 0, behind its last page",),
+        wrong=False,
+    ),
+    Fault(
+        "pages of another sequence of a list",
+        LISTED,
+        "kv_page_indices_ptr + first_entry",
+        "kv_page_indices_ptr + 0 * first_entry",
+        (
+            "read from another sequence: page table entries 0..2 of sequence 0",
+            "never read: K and V of positions 0..40 ",
+        ),
+    ),
+    Fault(
+        "newest token dropped of a list",
+        LISTED,
+        "tl.load(kv_last_page_len_ptr + seq), 0)",
+        "tl.load(kv_last_page_len_ptr + seq) - 1, 0)",
+        ("never read: K and V of position 34 ",),
+    ),
+    Fault(
+        "slots of a vector all alike",
+        VECTORIZED,
+        "0, 1, v_stride_slot_lane, SLOT_VECTOR,\n",
+        "0, 1, 0, SLOT_VECTOR,\n",
+        ("never read: V of 30 positions in 1..34 ",),
     ),
     Fault(
         "another KV head",
@@ -289,6 +331,22 @@ def test_a_declared_over_read_is_provided_and_no_more_than_that(tmp_path: Path) 
     assert MAX_AMOUNT <= MARGIN
 
 
+@pytest.mark.parametrize("padding", ["poison_page", "out_of_range", "exact"])
+def test_a_declared_over_read_of_a_list_of_pages(padding: str, tmp_path: Path) -> None:
+    old, new = "key // page_size, mask=cached", "key // page_size, mask=key < seq_len + page_size"
+    contract = faulty("unified_paged", tmp_path, old, new)
+    one = case("unified_paged", (1, 1), (20, 40), page_table="kv_indices", table_padding=padding)
+    verdict = run(contract, one)
+    assert verdict.outcome is Outcome.FAIL
+    if padding == "exact":
+        assert "past the end of 'kv_page_indices'" in verdict.reason
+    known = replace(contract, over_reads=(OverRead("kv_page_indices", 1, "reads ahead"),))
+    assert run(known, one).outcome is Outcome.PASS
+    contract = faulty("unified_paged", tmp_path / "further", old, new.replace("+ page_size", "+ 2 * page_size"))
+    known = replace(contract, over_reads=(OverRead("kv_page_indices", 1, "reads ahead"),))
+    assert run(known, one).outcome is Outcome.FAIL
+
+
 def test_a_declared_over_read_of_slots(tmp_path: Path) -> None:
     """Slots behind the last token of a page that is loaded as a whole, their values masked after the product."""
     contract = faulty(
@@ -359,6 +417,20 @@ def test_buffers_that_are_not_as_they_were_built_are_not_judged() -> None:
 def test_an_over_read_that_is_no_declaration_is_refused(buffer: str, amount: int, because: str) -> None:
     with pytest.raises(ValueError, match="an over-read needs a buffer"):
         OverRead(buffer, amount, because)
+
+
+def test_pages_of_sink_tokens_stay_alive_where_the_window_has_left_them(tmp_path: Path) -> None:
+    contract = replace(KERNELS["unified_paged"], window_pages="dead")
+    one = case("unified_paged", (1,), (200,), sliding_window=16, sink_tokens=3)
+    honest = run(contract, one)
+    assert (honest.outcome, honest.access) == (Outcome.FAIL, "traced")  # a tile of keys reaches beyond these pages
+    assert told(honest)[0].startswith("read, though dead: ")
+    pages = case("unified_paged", (1,), (200,), sliding_window=16, sink_tokens=3, page_size=64)
+    assert run(contract, pages).outcome is Outcome.PASS
+    further = faulty("unified_paged", tmp_path, "sink_end - own_first, 0)", "sink_end + 64 - own_first, 0)")
+    verdict = run(replace(further, window_pages="dead"), pages)
+    assert verdict.outcome is Outcome.FAIL
+    assert told(verdict)[0].startswith("read, though dead: K and V of positions 64..127 (page 1, slot 0)")
 
 
 def test_window_pages_are_live_or_dead() -> None:

@@ -38,6 +38,8 @@ def by_slot(cache: torch.Tensor, layout: str) -> torch.Tensor:
     """View of a cache as [pages, page_size, kv_heads, ...dims], to be written through."""
     if layout == "linear_nhd":
         return cache
+    if layout == "hnd":
+        return cache.transpose(1, 2)
     return cache.permute(0, 3, 1, 2, 4) if cache.dim() == 5 else cache.permute(0, 3, 1, 2)
 
 
@@ -117,6 +119,7 @@ HONEST = {
         MIXED, query_lens=(3, 1), context_lens=(40, 40), dtype="fp32", head_size=256, head_size_v=256, gqa_ratio=1
     ),
     "strided": replace(MIXED, strided=True),
+    "strided, heads first": replace(MIXED, strided=True, layout="hnd", page_size=24),
     "strided, classic": replace(MIXED, strided=True, layout="vllm_classic"),
     **{f"gqa {n}": replace(MIXED, gqa_ratio=n, query_lens=(3, 1), context_lens=(17, 20))
        for n in (1, 5, 6, 7, 8, 17)},
@@ -246,7 +249,7 @@ SOURCE_FAULTS = {
     "padding heads stored": (DECODE, D, "mask=in_group[:, None] & (dim_v < head_size_v)[None, :]",
         "mask=(member >= 0)[:, None] & (dim_v < head_size_v)[None, :]", decode_rows(MIXED)),
     "K scale for V": (CHUNKED, P, "v_cache_ptr, v_scale_ptr, page", "v_cache_ptr, k_scale_ptr, page", FP8),
-    "fp8 not scaled": (CHUNKED, S, " * tl.load(scale_ptr)", "", FP8),
+    "fp8 not scaled": (CHUNKED, S, " * tl.load(scale_ptr + kv_head * stride_scale)", "", FP8),
     "tail of last page not masked": (CHUNKED, S, "mask=keep[:, None] & (dim", "mask=(dim", MIXED),
     "padded dims not masked": (CHUNKED, S, " & (dim < head_size)[None, :]", "", replace(
         MIXED, head_size=24, strided=True)),

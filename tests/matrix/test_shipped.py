@@ -1,9 +1,8 @@
-"""The shipped matrices: sizes of tiers, what they sweep, and that all five kernels meet every feature."""
+"""The shipped matrices: sizes of tiers, what they sweep, and that kernels for every case meet every feature."""
 
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 
 from harness.case import Case
 from harness.kernel.contract import Contract
+from harness.kernel.registry import find_kernels
 from harness.matrix import SHARED_ROWS, Expansion, case_id, load
 from harness.problem.admission import law_refusal, placement_refusal
 
@@ -22,15 +22,7 @@ KERNELS = ("chunked_prefill_paged_decode", "paged_decode", "prefix_prefill", "to
 
 @functools.cache
 def contracts() -> dict[str, Contract]:
-    found: dict[str, Contract] = {}
-    for path in sorted((ROOT / "kernels").glob("*/contract.py")):
-        spec = importlib.util.spec_from_file_location(f"contract_of_{path.parent.name}", path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        found |= {contract.name: contract for contract in module.KERNELS}
-    return found
+    return find_kernels()
 
 
 @functools.cache
@@ -43,7 +35,9 @@ def cases(tier: str) -> list[Case]:
     return [case for expansion in expansions(tier) for case in expansion.cases]
 
 
-@pytest.mark.parametrize(("tier", "fewest", "most"), [("smoke", 150, 400), ("ci", 400, 1000), ("nightly", 1500, 2500)])
+@pytest.mark.parametrize(
+    ("tier", "fewest", "most"), [("smoke", 150, 600), ("ci", 400, 2000), ("nightly", 1500, 10_000)]
+)
 def test_sizes_of_tiers(tier: str, fewest: int, most: int) -> None:
     assert fewest <= len(cases(tier)) <= most
 
@@ -72,7 +66,7 @@ def test_smoke_is_small_enough_for_an_interpreter() -> None:
 
     costs = sorted(tiles(case) for case in cases("smoke"))
     assert costs[len(costs) // 2] <= 64
-    assert sum(costs) <= 12_000
+    assert sum(costs) <= 18_000
 
 
 LOUD_LAWS = ("needle_edges", "rising", "falling", "large", "biased", "bar_codes")
@@ -114,7 +108,7 @@ def test_every_kernel_meets_every_feature_before_nightly(kernel: str) -> None:
 @pytest.mark.parametrize("descales", ["quiet", "loud"])
 def test_kernels_that_take_descales_by_page_get_them_in_smoke(descales: str) -> None:
     takers = {name for name, contract in contracts().items() if "page" in contract.descales_per}
-    assert takers == {"torch_sdpa_paged", "unified_paged"}
+    assert takers == {"torch_sdpa_paged", "unified_paged", "batch_prefill", "batch_prefill_v2", "batch_prefill_v3"}
     by_page = [case for case in cases("smoke") if case.descales_per == "page"]
     assert {case.kernel for case in by_page if case.descales == descales} == takers
 
