@@ -35,7 +35,9 @@ def cases(tier: str) -> list[Case]:
     return [case for expansion in expansions(tier) for case in expansion.cases]
 
 
-@pytest.mark.parametrize(("tier", "fewest", "most"), [("smoke", 150, 600), ("ci", 400, 2000), ("nightly", 1500, 10_000)])
+@pytest.mark.parametrize(
+    ("tier", "fewest", "most"), [("smoke", 150, 600), ("ci", 400, 2000), ("nightly", 1500, 10_000)]
+)
 def test_sizes_of_tiers(tier: str, fewest: int, most: int) -> None:
     assert fewest <= len(cases(tier)) <= most
 
