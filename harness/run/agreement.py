@@ -1,7 +1,7 @@
 """Agreement of twins: what only moves bytes must not move a bit of the output.
 
-Invariant: case and twin are the same problem and differ in one of TWIN_AXES alone, on the same device kernels and, in the
-interpreter, in the same order of programs; so where bits differ that axis changed the arithmetic. Either output may
+Invariant: case and twin are the same problem and differ in one of TWIN_AXES alone, on the same device kernels and, in
+the interpreter, in the same order of programs; so where bits differ that axis changed the arithmetic. Either output may
 lie within its tolerance. An axis of which the contract says that it does change the arithmetic is not compared.
 """
 
