@@ -45,6 +45,7 @@ class Placement:
     kind: str = "shuffled"
     name: str = "shuffled"
     pages: tuple[tuple[int, ...], ...] = ()  # explicit only: page ids per sequence
+    num_pages: int | None = None  # explicit only: of the pool; None: some beyond the highest id
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class Case:
     num_splits: int | None = None  # None: the kernel's own path without split-KV
     scale_factor: float = 1.125  # of the softmax scale, in 1/sqrt(head_size): not 1, so that a built-in scale shows
     placement: Placement = Placement()
+    writer: str | None = None  # name of the kernel that stores the new tokens; None: the cache is built with them
+    steps: int = 1  # of a simulated engine over one cache; from 2 on `rows` are the requests (harness.problem.schedule)
     boundary: str | None = None  # where the pages of a boundary probe lie (harness.problem.boundary); None: no probe
     boundary_target: str = "kv"  # kv | k | v: whose addresses reach the boundary
     boundary_position: str = "straddling"  # straddling | below | above | far

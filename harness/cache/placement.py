@@ -45,7 +45,7 @@ def place(case: Case) -> Placed:
     spare = max(3, sum(needed) // 8)
     if case.placement.kind == "explicit":
         highest = max((page for pages in case.placement.pages for page in pages), default=0)
-        return Placed(case.placement.pages, highest + 1 + spare)
+        return Placed(case.placement.pages, case.placement.num_pages or highest + 1 + spare)
     shared = shared_prefix_len(case) // case.page_size
     context_lens = case.rows.context_lens
     own = [count - (shared if context > 0 else 0) for count, context in zip(needed, context_lens, strict=True)]

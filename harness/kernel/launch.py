@@ -21,12 +21,12 @@ from harness.case import Case
 from harness.errors import AttnregError
 from harness.interpreter.errors import MemoryFault
 from harness.kernel.arguments import LaunchArguments
-from harness.kernel.contract import Contract
 from harness.kernel.failures import is_refused_launch, kernel_error, memory_shortage
 from harness.kernel.guarded import GuardedOutput, checksum, fingerprint
 from harness.kernel.reaching import ReachingOutput
-from harness.kernel.registry import Launcher
+from harness.kernel.registry import AnyContract, Launcher, WriterLauncher
 from harness.kernel.torch_state import kept_torch_state
+from harness.kernel.writer import WriterArguments, WriterContract
 
 if TYPE_CHECKING:
     from harness.interpreter.trace import Trace  # needs numpy, which comes with triton
@@ -35,6 +35,7 @@ _INPUTS = (
     "q", "k", "v", "k_cache", "v_cache", "block_table", "query_start_loc", "seq_lens",
     "k_scale", "v_scale", "kv_block_descale", "alibi_slopes", "sinks",
 )  # fmt: skip
+_WRITER_INPUTS = ("k", "v", "slot_mapping", "k_scale", "v_scale", "kv_block_descale")
 _TRACED = ("k_cache", "v_cache", "k", "v", "kv_block_descale", "block_table")
 
 
@@ -46,10 +47,10 @@ class LaunchResult:
 
 
 def launch(
-    contract: Contract,
+    contract: AnyContract,
     case: Case,
-    launcher: Launcher,
-    args: LaunchArguments,
+    launcher: Launcher | WriterLauncher,
+    args: LaunchArguments | WriterArguments,
     outputs: tuple[GuardedOutput, ...],
     *,
     program_order_seed: int = 0,
@@ -70,13 +71,15 @@ def launch(
     before = {name: _fingerprint(tensor, pools.get(name)) for name, tensor in inputs.items()}
     violations: list[str] = []
     trace = None
-    with kept_torch_state(args.q.device) as changed:
+    device = args.k_cache.device
+    with kept_torch_state(device) as changed:
         if "triton" not in sys.modules:  # loading the kernel imports it where it is used at all
             _call(launcher, args)
             ran: tuple[str, ...] = ()
-        elif args.q.device.type == "cpu":
+        elif device.type == "cpu":
             around = {f"surroundings of {name}": pool.bytes for name, pool in pools.items()}
-            room = {"block_table": contract.over_read("block_table")}  # of K and V it lies inside the cache
+            # of K and V the room lies inside the cache
+            room = {} if isinstance(contract, WriterContract) else {"block_table": contract.over_read("block_table")}
             trace = _new_trace() if trace_accesses else None
             ran, broken = _interpreted(launcher, args, {**inputs, **around}, outputs, program_order_seed, room, trace)
             violations += broken
@@ -84,8 +87,8 @@ def launch(
             with observed_triton_launches() as names:
                 _call(launcher, args)
             ran = tuple(dict.fromkeys(names))
-        if args.q.device.type == "cuda":
-            torch.cuda.synchronize(args.q.device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
     violations += [f"the kernel changed torch's {what} and left it so" for what in changed]
     violations += _which_ran(contract, case, ran)
     violations += [
@@ -98,9 +101,10 @@ def launch(
     return LaunchResult((contract.name,) if unobservable else ran, tuple(violations), trace)
 
 
-def input_tensors(args: LaunchArguments) -> dict[str, torch.Tensor]:
+def input_tensors(args: LaunchArguments | WriterArguments) -> dict[str, torch.Tensor]:
     """The tensors a kernel may read and must not write, by argument name."""
-    return {name: tensor for name in _INPUTS if (tensor := getattr(args, name)) is not None}
+    names = _WRITER_INPUTS if isinstance(args, WriterArguments) else _INPUTS
+    return {name: tensor for name in names if (tensor := getattr(args, name)) is not None}
 
 
 def _fingerprint(tensor: torch.Tensor, pool: Pool | None) -> tuple[int, ...]:
@@ -108,9 +112,9 @@ def _fingerprint(tensor: torch.Tensor, pool: Pool | None) -> tuple[int, ...]:
     return (fingerprint(tensor),) if pool is None else tuple(checksum(part) for part in pool.parts())
 
 
-def _call(launcher: Launcher, args: LaunchArguments) -> None:
+def _call(launcher: Launcher | WriterLauncher, args: LaunchArguments | WriterArguments) -> None:
     try:
-        launcher(args)
+        launcher(args)  # type: ignore[arg-type]  # a launcher is called with arguments of its own kind
     except (AttnregError, KeyboardInterrupt):
         raise
     except BaseException as error:  # a kernel may raise anything, also what ends or skips a test: it is a failure
@@ -120,8 +124,8 @@ def _call(launcher: Launcher, args: LaunchArguments) -> None:
 
 
 def _interpreted(
-    launcher: Launcher,
-    args: LaunchArguments,
+    launcher: Launcher | WriterLauncher,
+    args: LaunchArguments | WriterArguments,
     inputs: Mapping[str, torch.Tensor],
     outputs: tuple[GuardedOutput, ...],
     seed: int,
@@ -158,7 +162,7 @@ def _new_trace() -> Trace:
     return Trace(_TRACED)
 
 
-def _which_ran(contract: Contract, case: Case, ran: tuple[str, ...]) -> list[str]:
+def _which_ran(contract: AnyContract, case: Case, ran: tuple[str, ...]) -> list[str]:
     """What is wrong with the device kernels that ran; nothing where the contract names none (plain torch)."""
     if not contract.launches:
         return []

@@ -24,7 +24,7 @@ from harness.matrix.expression import ExpressionError
 from harness.matrix.matrix import Matrix, Rule, Supported, Tier, Values
 from harness.matrix.rows import ROWS_AXES, RowMix
 from harness.matrix.source import MatrixError, Mistake
-from harness.problem.admission import descales_refusal, law_refusal, placement_refusal
+from harness.problem.admission import descales_refusal, law_refusal, placement_refusal, serving_refusal
 from harness.problem.boundary import boundary_refusal
 
 _NO_ROWS = (1,), (16,)  # stands in where a batch is not known yet or does not matter
@@ -36,6 +36,8 @@ BOUNDARY_AXES = ROWS_AXES | {
     "boundary", "boundary_target", "boundary_position", "placement", "strides", "dtype", "kv_dtype", "num_q_heads",
     "gqa_ratio", "head_size", "head_size_v",
 }  # fmt: skip
+SERVING_AXES = ROWS_AXES | {"writer", "steps", "boundary", "causal", "placement", "data"}
+_SELDOM = frozenset({"writer", "steps", "boundary", "boundary_target", "boundary_position"})  # left out where not given
 Predicate = Callable[[Mapping[str, Any]], bool]
 _COUPLED = (frozenset({"head_size", "head_size_v"}), ROWS_AXES)  # axes that one clause of a contract looks at together
 TUPLES = {0: "values", 1: "values", 2: "pairs", 3: "triples"}
@@ -165,13 +167,11 @@ def _refusals(matrix: Matrix, tier: Tier, supported: Supported) -> str:
 def tier_values(matrix: Matrix, tier: Tier) -> Values:
     """The values of every axis in `tier`, in the order of AXES, axes that only have their default included.
 
-    Axes of boundary probes are left out where they are not given: they would only slow down a cover.
+    Axes of boundary probes and of writers are left out where they are not given: they would only slow down a cover.
     """
     given = {**matrix.values, **(tier.shrink or {})}
     return {
-        name: given.get(name, (axis.default,))
-        for name, axis in AXES.items()
-        if name in given or not name.startswith("boundary")
+        name: given.get(name, (axis.default,)) for name, axis in AXES.items() if name in given or name not in _SELDOM
     }
 
 
@@ -199,6 +199,9 @@ def constraints(name: str, rules: Iterable[Rule], axes: Collection[str]) -> list
     ]
     if "boundary" in axes:
         implied.append(Constraint(BOUNDARY_AXES, _admits(name, boundary_refusal), "the boundary can be probed"))
+    if "writer" in axes or "steps" in axes:
+        known = SERVING_AXES & set(axes)
+        implied.append(Constraint(known, _admits(name, serving_refusal), "the cache can be written"))
     return implied + [_rule_constraint(name, rule) for rule in rules]
 
 

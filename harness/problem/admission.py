@@ -87,6 +87,23 @@ def placement_refusal(case: Case) -> str | None:
     return None
 
 
+def serving_refusal(case: Case) -> str | None:
+    """Why no writer can fill the cache of `case`, or no engine serve its rows, in one sentence; None where they can."""
+    if case.writer is not None and case.boundary is not None:
+        return "a boundary probe says where K and V lie for attention alone: no writer"
+    if case.steps == 1:
+        return None
+    needs = {
+        "a writer, which stores what each step computes": case.writer is not None,
+        "a causal mask: later tokens are not there yet": case.causal,
+        "prompts of at least one token": min(case.rows.seq_lens) > 0,
+        "placement shuffled: its scheduler gives out pages": case.placement.kind == "shuffled",
+        "a data law that is not auto or bar_codes": case.data not in (AUTO, "bar_codes"),
+    }
+    lacking = [need for need, met in needs.items() if not met]
+    return f"an engine of {case.steps} steps needs {lacking[0]}" if lacking else None
+
+
 def shared_prefix_len(case: Case) -> int:
     """Tokens that all rows with context share: whole pages within the smallest context; 0 if nothing is shared."""
     contexts = [c for c in case.rows.context_lens if c > 0]

@@ -58,6 +58,10 @@ class Problem:
         page = page_of_key(self.case).to(self.q.device)
         return self.page_descales[page, :, 0 if which == "k" else 1, None]
 
+    def without_writer(self) -> Problem:
+        """The same with a cache that is built full."""
+        return replace(self, case=replace(self.case, writer=None))
+
 
 def build_problem(case: Case, device: torch.device | str) -> Problem:
     """Draw the inputs of `case` on `device`.

@@ -39,12 +39,15 @@ from harness.oracle.tolerance import Tolerance, tolerance
 from harness.problem.admission import AUTO, NEEDLES
 from harness.problem.problem import build_problem
 from harness.run.addresses import memory_of, tell_addresses, unseen_addresses
+from harness.run.device import context_error, release_memory
 from harness.run.judge_access import judge_launch, untraceable
 from harness.run.judge_gains import with_gains
+from harness.run.judge_writing import through_writer
 from harness.run.observe import NO_DEMAND, Demand, choose_law, explain_unseen, observe_setup
 from harness.run.outcome import Outcome, Verdict
 from harness.run.plant import NO_PLANT, Plant
 from harness.run.reference import attend_as, reference_inputs
+from harness.run.serving import make_engine, serve
 from harness.run.setup import Setup, build_arguments, check_setup
 from harness.run.twice import with_second_launch
 from harness.run.twin import with_noise_floor
@@ -52,8 +55,6 @@ from harness.triage.bar_codes import decode_bar_codes
 from harness.triage.explain import explain_mismatch, explain_setup_bug, with_row
 from harness.triage.raised import explain_raised
 from references.attention import AttentionInputs, AttentionReference
-
-MOST_HELD = 2 << 30  # bytes of a device that a worker keeps between cases
 
 
 @dataclass(frozen=True)
@@ -132,24 +133,6 @@ def run_case(case: Case, contract: Contract, options: Options) -> Verdict:
     return replace(verdict, seconds=watch.seconds, seeds=seeds, law=law)
 
 
-def context_error(device: torch.device) -> str | None:
-    """What is wrong with the context of a device, or None: a fault of a kernel may show in what follows it only, and
-    then for good."""
-    if device.type == "cpu":
-        return None
-    try:
-        torch.ones(1, device=device).item()
-    except RuntimeError as error:
-        return None if memory_shortage(error) else first_line(error)
-    return None
-
-
-def release_memory(device: torch.device) -> None:
-    """Give freed memory of the device back where much of it is held: other workers share the device."""
-    if device.type == "cuda" and torch.cuda.memory_reserved(device) > MOST_HELD:
-        torch.cuda.empty_cache()
-
-
 def _reseeded(case: Case, options: Options) -> Case:
     data = case.data_seed if options.data_seed is None else options.data_seed
     geometry = case.geometry_seed if options.geometry_seed is None else options.geometry_seed
@@ -157,6 +140,11 @@ def _reseeded(case: Case, options: Options) -> Case:
 
 
 def _judged(case: Case, contract: Contract, options: Options, watch: Stopwatch) -> Verdict:
+    if case.steps > 1:
+        with watch.phase("problem"):
+            engine = make_engine(case, contract, options.plant, watch.device, checked=options.contract_checks)
+        by_step = replace(options, demand=NO_DEMAND)
+        return serve(engine, options.demand, lambda setup: _seeing(contract, setup, by_step, watch))
     try:
         with watch.phase("problem"):
             problem = options.plant.problem(build_problem(case, watch.device))
@@ -166,6 +154,10 @@ def _judged(case: Case, contract: Contract, options: Options, watch: Stopwatch) 
                 check_setup(setup, contract)
     except SetupBug as bug:
         return Verdict(Outcome.TEST_BUG, f"before launch: {bug}", explanation=explain_setup_bug(bug))
+    return _seeing(contract, setup, options, watch)
+
+
+def _seeing(contract: Contract, setup: Setup, options: Options, watch: Stopwatch) -> Verdict:
     memory = memory_of(setup)
     if blind := _blindness(setup):
         return Verdict(Outcome.BLIND, blind, memory=memory)
@@ -206,6 +198,12 @@ def _launched(contract: Contract, setup: Setup, options: Options, watch: Stopwat
         if options.buffer_map is not None:
             outputs = {output.name: output.tensor for output in setup.outputs}
             write_buffer_map(options.buffer_map, {**input_tensors(setup.args), **outputs})
+        if setup.writing is not None:
+            with watch.phase("writer"):
+                written = through_writer(setup, program_order_seed=case.geometry_seed)
+            if isinstance(written, Verdict):
+                return written
+            setup = written
         with watch.phase("launch"):
             result = launch(
                 contract,
@@ -262,7 +260,7 @@ def _verdict(
     verdict = Verdict(
         Outcome.PASS,
         "",
-        ran=result.ran,
+        ran=(*setup.wrote, *result.ran),
         err_over_tol=tensors["out"],
         lse_err_over_tol=tensors.get("lse"),
         z=findings.gains.z if findings.gains.num_statistics else None,

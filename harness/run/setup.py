@@ -5,7 +5,7 @@ Invariant: without a plant, what is built satisfies the contract of the kernel (
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -22,6 +22,7 @@ from harness.kernel.reaching import reaching_output
 from harness.problem.boundary import output_geometry
 from harness.problem.problem import Problem
 from harness.run.plant import NO_PLANT, Plant
+from harness.run.writing import Writing, build_writing, check_writing
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,21 @@ class Setup:
     cache: KVCache
     args: LaunchArguments
     outputs: tuple[GuardedOutput, ...]  # out, then lse where the kernel returns one
+    writing: Writing | None = None  # the launch of a writer, whose memory the kernel then gets in place of the cache
+    wrote: tuple[str, ...] = ()  # device kernels of a writer that was launched
+
+    def on_memory(self, k: torch.Tensor, v: torch.Tensor) -> Setup:
+        """The same with a writer that stores to the memory `k`, `v`, which holds what its own does."""
+        assert self.writing is not None
+        return replace(self, writing=self.writing.on_memory(k, v))
+
+    def on_written_memory(self, wrote: tuple[str, ...]) -> Setup:
+        """The same after the writer left what it had to, by the device kernels `wrote`: attention reads that memory."""
+        assert self.writing is not None
+        memory = self.writing.memory
+        cache = replace(self.cache, k=memory.k, v=memory.v, pools=memory.pools)
+        args = replace(self.args, k_cache=memory.k, v_cache=memory.v)
+        return replace(self, cache=cache, args=args, writing=None, wrote=wrote)
 
 
 def build_arguments(problem: Problem, contract: Contract, plant: Plant = NO_PLANT) -> Setup:
@@ -69,7 +85,9 @@ def build_arguments(problem: Problem, contract: Contract, plant: Plant = NO_PLAN
         lse=outputs[1].tensor if contract.returns_lse else None,
         kv_block_descale=cache.kv_block_descale,
     )
-    return Setup(problem, cache, plant.arguments(args), outputs)
+    writer = contract.writer_of(case)
+    writing = None if writer is None else build_writing(problem, writer, plant)
+    return Setup(problem, cache, plant.arguments(args), outputs, writing)
 
 
 def with_room(cache: KVCache, entries: int) -> torch.Tensor:
@@ -89,6 +107,8 @@ def check_setup(setup: Setup, contract: Contract) -> None:
     check_arguments(contract, setup.problem.case, setup.args)
     check_handover(setup)
     verify_cache(setup.problem, setup.cache, contract.content)
+    if setup.writing is not None:
+        check_writing(setup.writing)
 
 
 def check_handover(setup: Setup) -> None:

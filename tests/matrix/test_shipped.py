@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 
 from harness.case import Case
 from harness.kernel.contract import Contract
+from harness.kernel.registry import find_kernels, writers_of
 from harness.matrix import SHARED_ROWS, Expansion, case_id, load
 from harness.problem.admission import law_refusal, placement_refusal
 
@@ -22,20 +22,12 @@ KERNELS = ("chunked_prefill_paged_decode", "paged_decode", "prefix_prefill", "to
 
 @functools.cache
 def contracts() -> dict[str, Contract]:
-    found: dict[str, Contract] = {}
-    for path in sorted((ROOT / "kernels").glob("*/contract.py")):
-        spec = importlib.util.spec_from_file_location(f"contract_of_{path.parent.name}", path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        found |= {contract.name: contract for contract in module.KERNELS}
-    return found
+    return find_kernels()
 
 
 @functools.cache
 def expansions(tier: str) -> tuple[Expansion, ...]:
-    matrices = [load(path, kernel_names=contracts()) for path in MATRICES]
+    matrices = [load(path, kernel_names=contracts(), writer_names=writers_of(contracts())) for path in MATRICES]
     return tuple(m.expand(tier, supported=lambda case: contracts()[case.kernel].unsupported(case)) for m in matrices)
 
 

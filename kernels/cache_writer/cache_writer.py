@@ -1,0 +1,128 @@
+"""Reshape and cache: new tokens of K and V into the slots that slot_mapping names.
+
+Invariant: one program owns the tokens of one tile and one KV head, so every element is stored once; a token with a
+negative slot is neither loaded nor stored. Offsets are int64, from the slot to the element.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from harness.kernel.writer import WriterArguments
+
+from .._shared.paged_tile import cache_offsets, key_strides, page_size_of, value_strides
+
+TOKENS = 16  # of a tile
+_RUNTIME = (
+    "k_ptr", "v_ptr", "slot_mapping_ptr", "k_cache_ptr", "v_cache_ptr", "k_scale_ptr", "v_scale_ptr",
+    "kv_block_descale_ptr", "num_tokens", "head_size", "head_size_v", "page_size", "k_new_stride_token",
+    "k_new_stride_head", "v_new_stride_token", "v_new_stride_head", "k_stride_page", "k_stride_slot", "k_stride_head",
+    "v_stride_page", "v_stride_head", "descale_stride_page", "descale_stride_head", "descale_stride_kind",
+)  # fmt: skip
+_INNERMOST = ("k_stride_dim", "k_stride_lane", "v_stride_slot", "v_stride_dim")
+
+
+@triton.jit
+def quantised(values, scale, LARGEST: tl.constexpr, dtype: tl.constexpr):
+    """Payload of `values`: a correctly rounded float32 quotient, held inside the range, rounded to nearest even."""
+    payload = tl.math.div_rn(values.to(tl.float32), scale)
+    return tl.minimum(tl.maximum(payload, -LARGEST), LARGEST).to(dtype)
+
+
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_INNERMOST)
+def cache_writer_kernel(
+    k_ptr,  # [num_tokens, num_kv_heads, head_size]
+    v_ptr,  # [num_tokens, num_kv_heads, head_size_v]
+    slot_mapping_ptr,  # [num_tokens] int64
+    k_cache_ptr,
+    v_cache_ptr,
+    k_scale_ptr,  # [1] float32
+    v_scale_ptr,  # [1] float32
+    kv_block_descale_ptr,  # [num_pages, num_kv_heads, 2] float32 or None
+    num_tokens: tl.int32,
+    head_size: tl.int32,
+    head_size_v: tl.int32,
+    page_size: tl.int32,
+    k_new_stride_token: tl.int64,
+    k_new_stride_head: tl.int64,
+    v_new_stride_token: tl.int64,
+    v_new_stride_head: tl.int64,
+    k_stride_page: tl.int64,
+    k_stride_slot: tl.int64,
+    k_stride_head: tl.int64,
+    k_stride_dim: tl.int64,
+    k_stride_lane: tl.int64,
+    v_stride_page: tl.int64,
+    v_stride_slot: tl.int64,
+    v_stride_head: tl.int64,
+    v_stride_dim: tl.int64,
+    descale_stride_page: tl.int64,
+    descale_stride_head: tl.int64,
+    descale_stride_kind: tl.int64,
+    VECTOR: tl.constexpr,
+    LARGEST: tl.constexpr,
+    QUANTISED: tl.constexpr,
+    PER_PAGE_DESCALE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """Grid (token tiles, num_kv_heads)."""
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    head = tl.program_id(1)
+    slot = tl.load(slot_mapping_ptr + token, mask=token < num_tokens, other=-1)  # int64
+    stored = slot >= 0
+    page = tl.where(stored, slot, 0) // page_size
+    offset = tl.where(stored, slot, 0) % page_size
+    token = token.to(tl.int64)
+
+    dim = tl.arange(0, BLOCK_D)
+    dim_v = tl.arange(0, BLOCK_DV)
+    k_mask = stored[:, None] & (dim < head_size)[None, :]
+    v_mask = stored[:, None] & (dim_v < head_size_v)[None, :]
+    k_new = (token * k_new_stride_token + head * k_new_stride_head)[:, None] + dim[None, :]
+    v_new = (token * v_new_stride_token + head * v_new_stride_head)[:, None] + dim_v[None, :]
+    k = tl.load(k_ptr + k_new, mask=k_mask, other=0.0)
+    v = tl.load(v_ptr + v_new, mask=v_mask, other=0.0)
+
+    if QUANTISED:
+        if PER_PAGE_DESCALE:
+            descale = page * descale_stride_page + head * descale_stride_head
+            k_scale = tl.load(kv_block_descale_ptr + descale, mask=stored, other=1.0)[:, None]
+            v_scale = tl.load(kv_block_descale_ptr + descale + descale_stride_kind, mask=stored, other=1.0)[:, None]
+        else:
+            k_scale = tl.load(k_scale_ptr)
+            v_scale = tl.load(v_scale_ptr)
+        k = quantised(k, k_scale, LARGEST, k_cache_ptr.dtype.element_ty)
+        v = quantised(v, v_scale, LARGEST, v_cache_ptr.dtype.element_ty)
+
+    k_offsets = cache_offsets(
+        page[:, None], offset[:, None], head, dim[None, :],
+        k_stride_page, k_stride_slot, k_stride_head, k_stride_dim, k_stride_lane, VECTOR,
+    )  # fmt: skip
+    v_offsets = cache_offsets(
+        page[:, None], offset[:, None], head, dim_v[None, :],
+        v_stride_page, v_stride_slot, v_stride_head, v_stride_dim, 0, 1,
+    )  # fmt: skip
+    tl.store(k_cache_ptr + k_offsets, k, mask=k_mask)
+    tl.store(v_cache_ptr + v_offsets, v, mask=v_mask)
+
+
+def launch(args: WriterArguments) -> None:
+    """Stores every token of `args.k` and `args.v` whose slot is not negative; launches cache_writer_kernel once."""
+    num_tokens, num_kv_heads, head_size = args.k.shape
+    head_size_v = args.v.shape[2]
+    k_strides, v_strides = key_strides(args.k_cache, args.layout), value_strides(args.v_cache, args.layout)
+    descale_strides = (0, 0, 0) if args.kv_block_descale is None else args.kv_block_descale.stride()
+    cache_writer_kernel[(triton.cdiv(num_tokens, TOKENS), num_kv_heads)](
+        args.k, args.v, args.slot_mapping, args.k_cache, args.v_cache, args.k_scale, args.v_scale,
+        args.kv_block_descale, num_tokens, head_size, head_size_v, page_size_of(args.k_cache, args.layout),
+        *args.k.stride()[:2], *args.v.stride()[:2],
+        k_strides.page, k_strides.slot, k_strides.head, k_strides.dim, k_strides.lane,
+        v_strides.page, v_strides.slot, v_strides.head, v_strides.dim, *descale_strides,
+        VECTOR=k_strides.vector, LARGEST=torch.finfo(args.k_cache.dtype).max, QUANTISED=args.kv_dtype != "auto",
+        PER_PAGE_DESCALE=args.kv_block_descale is not None,
+        BLOCK_T=TOKENS, BLOCK_D=triton.next_power_of_2(head_size), BLOCK_DV=triton.next_power_of_2(head_size_v),
+    )  # fmt: skip
