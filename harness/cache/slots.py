@@ -11,14 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
-from harness.cache.build import KVCache
-from harness.cache.poison import poisoned
 from harness.case import Rows
-from harness.dtypes import element_type
-from harness.problem.problem import Problem
 
 PADDING = 3  # tokens behind the last one, as a batch that was padded for a graph has them
+MORE = 1 + PADDING  # rows that a writer gets beyond the tokens of the batch: the edge token, and padding
 NO_SLOT = -1
+NO_SEQUENCE = -1
 
 
 @dataclass(frozen=True)
@@ -26,13 +24,15 @@ class NewToken:
     """A token that a writer stores: row `token` of k and v."""
 
     token: int
-    sequence: int
+    sequence: int  # NO_SEQUENCE: the edge token, whose values lie at the edges of the stored type
     position: int
     page: int
     offset: int  # in the page
     slot: int  # page * page_size + offset
 
     def __str__(self) -> str:
+        if self.sequence == NO_SEQUENCE:
+            return f"token {self.token} (values at the edges of the stored type)"
         return f"token {self.token} (sequence {self.sequence}, position {self.position})"
 
 
@@ -49,20 +49,8 @@ def new_tokens(rows: Rows, pages: Sequence[Sequence[int]], page_size: int) -> tu
 
 
 def slot_mapping(rows: Rows, tokens: Sequence[NewToken], device: torch.device) -> torch.Tensor:
-    """int64 [num_tokens + PADDING]; NO_SLOT where there is none."""
-    slots = torch.full((rows.num_tokens + PADDING,), NO_SLOT, dtype=torch.int64)
+    """int64 [num_tokens + MORE]; NO_SLOT where there is none."""
+    slots = torch.full((rows.num_tokens + MORE,), NO_SLOT, dtype=torch.int64)
     for one in tokens:
         slots[one.token] = one.slot
     return slots.to(device)
-
-
-def padded_tokens(problem: Problem, memory: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
-    """New k and v of `memory` with PADDING rows of poison behind them: [num_tokens + PADDING, num_kv_heads, dim]."""
-    assert memory.new_k is not None  # the memory that a writer finds has its new tokens beside it
-    assert memory.new_v is not None
-    stored = element_type(problem.case.dtype)
-    k, v = (
-        torch.cat([new, poisoned((PADDING, *new.shape[1:]), stored, new.device)])
-        for new in (memory.new_k, memory.new_v)
-    )
-    return k, v

@@ -13,10 +13,12 @@ import torch
 
 from harness.cache.address import Address, address
 from harness.cache.build import KVCache
-from harness.cache.diagnose import describe_value, find_token
+from harness.cache.diagnose import find_token
+from harness.cache.edges import EdgeToken
+from harness.cache.other_rounding import other_rounding
 from harness.cache.poison import tail_bits
 from harness.cache.probe import storage_bits
-from harness.cache.quantise import bits_of, quantise
+from harness.cache.quantise import bits_of
 from harness.cache.slots import NewToken
 from harness.dtypes import element_type
 from harness.problem.problem import Problem
@@ -48,18 +50,25 @@ class MemoryFindings:
     counts: tuple[str, ...] = ()  # how many slots are wrong, in words
 
 
-def judge_memory(problem: Problem, expected: KVCache, memory: KVCache, tokens: Sequence[NewToken]) -> MemoryFindings:
-    """What is wrong in `memory` after a writer stored `tokens`; `expected` is the same problem built full."""
+def judge_memory(
+    problem: Problem, expected: KVCache, memory: KVCache, tokens: Sequence[NewToken], edge: EdgeToken | None
+) -> MemoryFindings:
+    """What is wrong in `memory` after a writer stored `tokens`, `edge` among them; `expected` is the same problem built
+    full, without the edge token.
+    """
     found: list[WriteFinding] = []
     counts: list[str] = []
     for which in ("k", "v"):
         got_in, want_in = (memory.k, expected.k) if which == "k" else (memory.v, expected.v)
         got, wrong = storage_bits(got_in), storage_bits(got_in) != storage_bits(want_in)  # [elements] of the allocation
-        if not bool(wrong.any()):
-            continue
         heads, dim = (problem.k if which == "k" else problem.v).shape[1:]
         place = address(got_in, problem.case.layout, which, heads, dim)
-        seen = _Seen(problem, expected, which, got, place)
+        seen = _Seen(problem, expected, which, got, place, edge)
+        if edge is not None:
+            slot = seen.offsets(edge.token.page, edge.token.offset)
+            wrong[slot] = got[slot] != bits_of(edge.payload(problem, which)).flatten()
+        if not bool(wrong.any()):
+            continue
         missed = seen.missed(wrong, tokens)
         strays = seen.strays(wrong)
         found += _alike([seen.token(one) for one in missed[:MAX_LOOKED_AT]])
@@ -93,6 +102,7 @@ class _Seen:
     which: str
     flat: torch.Tensor
     place: Address
+    edge: EdgeToken | None
 
     @property
     def _payload(self) -> torch.Tensor:
@@ -100,10 +110,10 @@ class _Seen:
 
     def _row(self, page: int, offset: int) -> torch.Tensor:
         """What a slot holds: stored dtype [heads, dim]."""
-        bits = self.flat[self._offsets(page, offset)]
+        bits = self.flat[self.offsets(page, offset)]
         return bits.view(self._payload.dtype).view(self._payload.shape[1:])
 
-    def _offsets(self, page: int, offset: int) -> torch.Tensor:
+    def offsets(self, page: int, offset: int) -> torch.Tensor:
         """int64 [heads * dim]: elements of a slot, from the start of the allocation."""
         at = (torch.tensor([index], device=self.flat.device) for index in (page, offset))
         return self.place.offsets(*at)[0]
@@ -144,49 +154,44 @@ class _Seen:
             said = f"cache: a stray store outside every slot, to element {element} of its allocation, by page {page}"
             return WriteFinding("stray", (self.which,), said, page)
         found = self._row(page, offset)
-        index = (self._offsets(page, offset) == element).nonzero()
+        index = (self.offsets(page, offset) == element).nonzero()
         head, dim = divmod(int(index[0]), found.shape[1])
-        what = self._holder(found) or f"{describe_value(float(found[head, dim]))} at head {head}, dim {dim}"
+        what = self._holder(found) or f"{float(found[head, dim]):g} at head {head}, dim {dim}"
         said = f"cache: a stray store to page {page}, offset {offset} ({self._owner(page, offset)}), which holds {what}"
         return WriteFinding("stray", (self.which,), said, page)
 
     def _content(self, token: NewToken, found: torch.Tensor) -> tuple[str, str]:
-        bits, problem = bits_of(found), self.problem
-        key = problem.key_start[token.sequence] + token.position
-        tail = tail_bits(element_type(problem.case.stored_dtype), problem.case.tail)
-        left = bits == tail  # [heads, dim]
+        """Kind of what is wrong with `found` [heads, dim], the slot of `token`, and what it is, in words."""
+        bits, stored = bits_of(found), element_type(self.problem.case.stored_dtype)
+        value, right, own, other = self._wanted(token)
+        left = bits == tail_bits(stored, self.problem.case.tail if token is not self._edge else "nan")  # [heads, dim]
         if bool(left.all()):
             return "not_stored", "was not stored: it holds what it held before"
         if (holder := self._holder(found)) is not None:
             return "wrong_token", f"holds {holder}"
-        wrong = bits != bits_of(self._payload)[key]
+        wrong = bits != bits_of(right)
         head, dim = wrong.nonzero()[0].tolist()
         if bool((wrong == left).all()):
-            missing = sorted({int(h) for h in wrong.nonzero()[:, 0]})
-            return "not_stored", f"was stored in part: head {missing[0]}, dim {dim} holds what it held before"
-        got, want = float(found[head, dim]), float(self._payload[key, head, dim])
-        value = float((problem.k if self.which == "k" else problem.v)[key, head, dim])
-        how = self._rounding(key, found)
-        told = f"head {head}, dim {dim} holds {describe_value(got)} instead of {want:g} (value {value:g})"
-        return "wrong_value", f"{told}{': ' + how if how else ''}"
+            return "not_stored", f"was stored in part: head {head}, dim {dim} holds what it held before"
+        how = "" if self.problem.case.kv_dtype == "auto" else other_rounding(found, right, value, own, other, stored)
+        told = f"head {head}, dim {dim} holds {float(found[head, dim]):g} instead of"
+        what = f"{told} {float(right[head, dim]):g} (value {float(value[head, dim]):g})"
+        return "wrong_value", f"{what}: {how}" if how else what
 
-    def _rounding(self, key: int, found: torch.Tensor) -> str:
-        """Which other arithmetic gives just what was found in the slot of packed key `key`; "" where none does."""
-        problem, stored = self.problem, element_type(self.problem.case.stored_dtype)
-        value = (problem.k if self.which == "k" else problem.v)[key]  # [heads, dim]
-        own, other = (_descale_of(problem, which, key) for which in (self.which, "v" if self.which == "k" else "k"))
-        bits = bits_of(found)
-        guesses = {
-            "the value without the descale": quantise(value, 1.0, stored),
-            "value * descale, not value / descale": quantise(value * own, 1.0, stored),
-            "divided by the descale of the other tensor": quantise(value, other, stored),
-        }
-        for how, payload in guesses.items():
-            if bool((bits == bits_of(payload)).all()):
-                return how
-        if problem.case.kv_dtype == "auto":
-            return ""
-        return _step(found, self._payload[key], (value.to(torch.float32) / own).double(), stored.largest)
+    @property
+    def _edge(self) -> NewToken | None:
+        return None if self.edge is None else self.edge.token
+
+    def _wanted(self, token: NewToken) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Value and payload of a token, [heads, dim], its descale and that of the other tensor, [1 or heads, 1]."""
+        other_name = "v" if self.which == "k" else "k"
+        descales = self.problem.descale(self.which), self.problem.descale(other_name)
+        if self.edge is not None and token is self.edge.token:
+            value = (self.edge.k if self.which == "k" else self.edge.v)[0]
+            return value, self.edge.payload(self.problem, self.which), descales[0][0], descales[1][0]
+        key = self.problem.key_start[token.sequence] + token.position
+        own, other = (descale[key if len(descale) > 1 else 0] for descale in descales)
+        return (self.problem.k if self.which == "k" else self.problem.v)[key], self._payload[key], own, other
 
     def _holder(self, found: torch.Tensor) -> str | None:
         """The token whose payload `found` [heads, dim] is, in words."""
@@ -196,6 +201,8 @@ class _Seen:
         for name, payload in payloads.items():
             if (at := find_token(self.problem, payload, bits_of(found))) is not None:
                 return f"{name}the token of sequence {at[0]}, position {at[1]}"
+        if self.edge is not None and torch.equal(bits_of(found), bits_of(self.edge.payload(self.problem, self.which))):
+            return str(self.edge.token)
         return None
 
     def _owner(self, page: int, offset: int) -> str:
@@ -205,24 +212,3 @@ class _Seen:
                 behind = "" if position < self.problem.case.rows.seq_lens[seq] else ", behind its end"
                 return f"position {position} of sequence {seq}{behind}"
         return "the null page" if page == 0 else "of no sequence"
-
-
-def _descale_of(problem: Problem, which: str, key: int) -> torch.Tensor:
-    """float32 [1, 1] or [heads, 1]: of one packed key."""
-    descale = problem.descale(which)
-    return descale[key if len(descale) > 1 else 0]
-
-
-def _step(found: torch.Tensor, right: torch.Tensor, exact: torch.Tensor, largest: float) -> str:
-    """How `found` came of `exact` where it is a neighbour of `right`; all [heads, dim]."""
-    got, want = found.double(), right.double()
-    wrong = bits_of(found) != bits_of(right)
-    beyond = exact.abs() > largest
-    if bool((wrong == (wrong & beyond)).all()):
-        return f"values beyond +-{largest:g} are not held at it"
-    if bool((got[wrong].abs() <= exact[wrong].abs()).all()) and bool((want[wrong].abs() > exact[wrong].abs()).all()):
-        return "rounded toward zero, not to nearest"
-    gap = (got - want).abs()
-    if bool(((got - exact).abs() == (want - exact).abs())[wrong].all()):
-        return "ties are not rounded to even"
-    return "rounded twice or otherwise" if bool((gap[wrong] <= want[wrong].abs() / 4).all()) else ""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from harness.cache.layouts import cache_shape
-from harness.cache.slots import NO_SLOT, PADDING, NewToken
+from harness.cache.slots import MORE, NO_SLOT, NewToken
 from harness.case import Case
 from harness.dtypes import element_type
 from harness.errors import SetupBug
@@ -32,7 +32,7 @@ def check_writer_arguments(
 
 
 def _check_tensors(contract: WriterContract, case: Case, args: WriterArguments) -> None:
-    rows, num_pages = case.rows.num_tokens + PADDING, args.k_cache.shape[0]
+    rows, num_pages = case.rows.num_tokens + MORE, args.k_cache.shape[0]
     dtype, stored = element_type(case.dtype).torch, element_type(case.stored_dtype)
 
     def shape(which: str, dim: int) -> tuple[int, ...]:

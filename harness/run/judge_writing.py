@@ -49,7 +49,9 @@ def through_writer(setup: Setup, *, program_order_seed: int) -> Setup | Verdict:
         )
     except KernelRaised as error:
         return _failed(setup, explain_raised(error, code_home(writing.contract)))
-    memory = judge_memory(setup.problem, setup.cache, writing.memory, writing.tokens)
+    memory = judge_memory(setup.problem, setup.cache, writing.memory, writing.tokens, writing.edge)
+    if writing.edge is not None:
+        writing.edge.wipe(setup.problem, writing.memory)
     if not result.violations and not memory.counts:
         return setup.on_written_memory(result.ran)
     return _failed(setup, explain_writing(result.violations, memory.counts, memory.found), result.ran)

@@ -82,15 +82,21 @@ def _off_by_one(slots: torch.Tensor) -> torch.Tensor:
     return torch.where(slots >= 0, slots + 1, slots)
 
 
+def _amid(slots: torch.Tensor) -> tuple[int, int]:
+    """A token of the batch that has a slot, and another such (itself where there is one only)."""
+    real = [int(token) for token in (slots >= 0).nonzero()[:, 0]]
+    middle = real[(len(real) - 1) // 2]
+    return middle, real[0] if middle != real[0] else real[-1]
+
+
 def _of_another(slots: torch.Tensor) -> torch.Tensor:
-    """The last token goes where the first one does."""
-    real = (slots >= 0).nonzero()[:, 0]
-    slots[real[-1]] = slots[real[0]] if len(real) > 1 else slots[real[0]] ^ 1
+    token, other = _amid(slots)
+    slots[token] = slots[other] if token != other else slots[token] ^ 1
     return slots
 
 
 def _skipped(slots: torch.Tensor) -> torch.Tensor:
-    slots[(slots >= 0).nonzero()[-1]] = -1
+    slots[_amid(slots)[0]] = -1
     return slots
 
 
@@ -186,14 +192,14 @@ PLANTS: dict[str, Plant] = {
         ),
         Plant(
             "slot-of-another",
-            "slot_mapping sends the last token of the batch to the slot of the first",
+            "slot_mapping sends a token of the batch to the slot of another",
             "TEST_BUG",
             applies=_has_slots,
             writer_arguments=_slots(_of_another),
         ),
         Plant(
             "slot-skipped",
-            "slot_mapping takes the last token of the batch for padding: it is stored nowhere",
+            "slot_mapping takes a token of the batch for padding: it is stored nowhere",
             "TEST_BUG",
             applies=_has_slots,
             writer_arguments=_slots(_skipped),

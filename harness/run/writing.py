@@ -12,7 +12,8 @@ import torch
 
 from harness.cache.build import KVCache, build_cache
 from harness.cache.content import Content
-from harness.cache.slots import NewToken, new_tokens, padded_tokens, slot_mapping
+from harness.cache.edges import EdgeToken, edge_token, with_more
+from harness.cache.slots import NewToken, new_tokens, slot_mapping
 from harness.cache.verify import verify_cache
 from harness.errors import SetupBug
 from harness.kernel.check_writer import check_writer_arguments
@@ -30,7 +31,8 @@ class Writing:
     problem: Problem
     memory: KVCache
     args: WriterArguments
-    tokens: tuple[NewToken, ...]
+    tokens: tuple[NewToken, ...]  # those that have a slot
+    edge: EdgeToken | None  # one of them
 
     def on_memory(self, k: torch.Tensor, v: torch.Tensor) -> Writing:
         """The same on other memory (see harness.cache.layouts for the shapes), which holds the same."""
@@ -42,8 +44,9 @@ def build_writing(problem: Problem, contract: WriterContract, plant: Plant) -> W
     """What `contract` is handed for `problem`, on memory that holds the context, with the fault of `plant` in it."""
     case = problem.case
     memory = build_cache(problem, Content.WRITTEN, poison=plant.pool_poison)
-    tokens = new_tokens(case.rows, memory.pages, case.page_size)
-    k, v = padded_tokens(problem, memory)
+    edge = edge_token(problem, memory)
+    tokens = new_tokens(case.rows, memory.pages, case.page_size) + (() if edge is None else (edge.token,))
+    k, v = handed_tokens(problem, memory, edge)
     views = strided_copy if case.strides == "all" else lambda tensor: tensor
     args = WriterArguments(
         k=views(k),
@@ -57,14 +60,22 @@ def build_writing(problem: Problem, contract: WriterContract, plant: Plant) -> W
         kv_dtype=case.kv_dtype,
         kv_block_descale=memory.kv_block_descale,
     )
-    return Writing(contract, problem, memory, plant.writer_arguments(args), tokens)
+    return Writing(contract, problem, memory, plant.writer_arguments(args), tokens, edge)
+
+
+def handed_tokens(problem: Problem, memory: KVCache, edge: EdgeToken | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """New k and v of `memory` with the edge token and padding: [num_tokens + MORE, num_kv_heads, dim]."""
+    assert memory.new_k is not None  # memory that a writer finds has its new tokens beside it
+    assert memory.new_v is not None
+    k, v = (None, None) if edge is None else (edge.k, edge.v)
+    return with_more(problem, memory.new_k, k), with_more(problem, memory.new_v, v)
 
 
 def check_writing(writing: Writing) -> None:
     """Raise SetupBug where the arguments or the memory are not what the writer has to find."""
     problem, memory, args = writing.problem, writing.memory, writing.args
     check_writer_arguments(writing.contract, problem.case, args, writing.tokens)
-    k, v = padded_tokens(problem, memory)
+    k, v = handed_tokens(problem, memory, writing.edge)
     built = {
         "k": k,
         "v": v,

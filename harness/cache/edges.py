@@ -1,0 +1,92 @@
+"""The edge token: what a writer stores beside the tokens of a batch, at the edges of the stored type.
+
+Invariant: it lies on a page of no sequence and is poisoned again before attention runs; so values that no honest batch
+holds (beyond the largest number, halfway between two, below the smallest) show how a writer rounds, and move no output.
+Where descales are per page its page has none, and there is no such token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from harness.cache.address import address
+from harness.cache.build import KVCache
+from harness.cache.poison import POISON_BITS, poisoned
+from harness.cache.probe import storage_bits
+from harness.cache.quantise import quantise
+from harness.cache.slots import NO_SEQUENCE, PADDING, NewToken
+from harness.dtypes import ElementType, element_type
+from harness.problem.problem import Problem
+
+_BEYOND = (1.04, -1.04, 2.0, -2.0)  # times the largest number: just past it, and far
+
+
+@dataclass(frozen=True)
+class EdgeToken:
+    """`k` [1, num_kv_heads, head_size] and `v` [1, num_kv_heads, head_size_v] in the dtype of the case."""
+
+    token: NewToken
+    k: torch.Tensor
+    v: torch.Tensor
+
+    def payload(self, problem: Problem, which: str) -> torch.Tensor:
+        """What a right writer stores: stored dtype [heads, dim]."""
+        values = self.k if which == "k" else self.v
+        return quantise(values, problem.descale(which), element_type(problem.case.stored_dtype))[0]
+
+    def wipe(self, problem: Problem, memory: KVCache) -> None:
+        """Poison its slot, as all of its page is for attention."""
+        page, offset = (torch.tensor([i], device=memory.k.device) for i in (self.token.page, self.token.offset))
+        for which, tensor in (("k", memory.k), ("v", memory.v)):
+            heads, dim = (self.k if which == "k" else self.v).shape[1:]
+            place = address(tensor, problem.case.layout, which, heads, dim)
+            storage_bits(tensor)[place.offsets(page, offset)] = POISON_BITS
+
+
+def edge_token(problem: Problem, memory: KVCache) -> EdgeToken | None:
+    """The edge token of `problem`, on the last page of `memory` that no sequence has; None where there is none."""
+    used = {page for pages in memory.pages for page in pages}
+    free = next((page for page in reversed(range(1, memory.num_pages)) if page not in used), None)
+    if free is None or problem.page_descales is not None:
+        return None
+    offset = memory.page_size // 2
+    place = NewToken(
+        problem.case.rows.num_tokens, NO_SEQUENCE, NO_SEQUENCE, free, offset, free * memory.page_size + offset
+    )
+    return EdgeToken(place, *(_edge_values(problem, which) for which in ("k", "v")))
+
+
+def with_more(problem: Problem, new: torch.Tensor, edge: torch.Tensor | None) -> torch.Tensor:
+    """`new` [num_tokens, heads, dim] with the edge token `edge` [1, heads, dim] and PADDING rows of poison behind."""
+    rows = PADDING + (edge is None)
+    more = poisoned((rows, *new.shape[1:]), element_type(problem.case.dtype), new.device)
+    return torch.cat([new, more] if edge is None else [new, edge, more])
+
+
+def _edge_values(problem: Problem, which: str) -> torch.Tensor:
+    """dtype of the case [1, heads, dim]: numbers halfway between neighbours of the stored type, and beyond its range,
+    times the descale; without quantisation zeros of both signs, the smallest numbers, the largest and infinities.
+    """
+    like = problem.k if which == "k" else problem.v
+    case, (heads, dim) = problem.case, like.shape[1:]
+    stored, dtype = element_type(case.stored_dtype), element_type(case.dtype)
+    if case.kv_dtype == "auto":
+        least = float(torch.finfo(dtype.torch).smallest_normal)
+        units = torch.tensor([0.0, -0.0, least, least / 4, -least / 4, dtype.largest, -dtype.largest, float("inf")])
+    else:
+        units = _halfway(stored)
+    index = torch.arange(heads * dim) * 5 % len(units)  # 5: neighbours in memory are no neighbours of the type
+    values = units[index].view(1, heads, dim).to(like.device)
+    if case.kv_dtype != "auto":
+        values = (values * problem.descale(which)).clamp(-dtype.largest, dtype.largest)
+    return values.to(dtype.torch)
+
+
+def _halfway(stored: ElementType) -> torch.Tensor:
+    """float32: halfway between neighbours among the numbers of an 8-bit type, of both signs, and _BEYOND its range."""
+    codes = torch.arange(256, dtype=torch.uint8).view(stored.torch).to(torch.float32)
+    numbers = torch.tensor(sorted(set(codes[codes.isfinite()].tolist())))
+    beyond = torch.tensor(_BEYOND) * stored.largest
+    return torch.cat([(numbers[1:] + numbers[:-1]) / 2, beyond])

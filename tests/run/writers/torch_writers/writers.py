@@ -1,0 +1,140 @@
+"""The writers of contract.py: `torch_writer` is right, each other one is wrong in one way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from harness.cache.layouts import as_stored, by_slot
+from harness.cache.quantise import bits_of
+from harness.kernel.writer import WriterArguments
+
+Quantise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # values and descale -> float32 payload
+
+
+def divided(values: torch.Tensor, descale: torch.Tensor) -> torch.Tensor:
+    return values.float() / descale.expand_as(values)
+
+
+def store(args: WriterArguments, slots: torch.Tensor, quantise: Quantise = divided) -> None:
+    """Token i goes to slots[i], int64 [num_tokens]; negative ones nowhere."""
+    token = (slots >= 0).nonzero()[:, 0]
+    for new, cache, kind in ((args.k, args.k_cache, 0), (args.v, args.v_cache, 1)):
+        memory = by_slot(cache, args.layout)
+        page, offset = slots[token] // memory.shape[1], slots[token] % memory.shape[1]
+        values = new[token]  # [n, heads, dim]
+        if args.kv_dtype != "auto":
+            descale = (args.k_scale, args.v_scale)[kind]
+            if args.kv_block_descale is not None:
+                descale = args.kv_block_descale[page, :, kind, None]
+            largest = torch.finfo(cache.dtype).max
+            values = quantise(values, descale).clamp(-largest, largest).to(cache.dtype)
+        bits_of(memory)[page, offset] = as_stored(bits_of(values.contiguous()), memory)
+
+
+def torch_writer(args: WriterArguments) -> None:
+    store(args, args.slot_mapping)
+
+
+def without_descale(args: WriterArguments) -> None:
+    store(args, args.slot_mapping, lambda values, descale: values.float())
+
+
+def multiplied(args: WriterArguments) -> None:
+    store(args, args.slot_mapping, lambda values, descale: values.float() * descale)
+
+
+def descales_exchanged(args: WriterArguments) -> None:
+    store(replace(args, k_scale=args.v_scale, v_scale=args.k_scale), args.slot_mapping)
+
+
+def toward_zero(args: WriterArguments) -> None:
+    """e4m3 keeps 4 bits: the others are cut off."""
+
+    def cut(values: torch.Tensor, descale: torch.Tensor) -> torch.Tensor:
+        step = torch.maximum((torch.frexp(divided(values, descale))[1] - 4).float(), torch.tensor(-9.0))
+        return (divided(values, descale) * 2.0**-step).trunc() * 2.0**step
+
+    store(args, args.slot_mapping, cut)
+
+
+def ties_away(args: WriterArguments) -> None:
+    def away(values: torch.Tensor, descale: torch.Tensor) -> torch.Tensor:
+        payload = divided(values, descale)
+        step = 2.0 ** torch.maximum((torch.frexp(payload)[1] - 4).float(), torch.tensor(-9.0))
+        return (payload.abs() / step + 0.5).floor() * step * payload.sign()
+
+    store(args, args.slot_mapping, away)
+
+
+def no_saturation(args: WriterArguments) -> None:
+    """Beyond the largest number lies NaN in e4m3."""
+
+    def overflowing(values: torch.Tensor, descale: torch.Tensor) -> torch.Tensor:
+        payload = divided(values, descale)
+        return torch.where(payload.abs() > 464.0, torch.nan, payload)
+
+    store(args, args.slot_mapping, overflowing)
+
+
+def twice_rounded(args: WriterArguments) -> None:
+    store(args, args.slot_mapping, lambda values, descale: divided(values, descale).bfloat16().float())
+
+
+def next_slot(args: WriterArguments) -> None:
+    store(args, torch.where(args.slot_mapping >= 0, args.slot_mapping + 1, args.slot_mapping))
+
+
+def token_skipped(args: WriterArguments) -> None:
+    slots = args.slot_mapping.clone()
+    slots[0] = -1
+    store(args, slots)
+
+
+def slots_exchanged(args: WriterArguments) -> None:
+    slots = args.slot_mapping.clone()
+    slots[:2] = slots[:2].flip(0)
+    store(args, slots)
+
+
+def padding_stored(args: WriterArguments) -> None:
+    """-1 as Python counts: the last slot of the pool gets a number."""
+    k, v = (new.nan_to_num(0.5) for new in (args.k, args.v))
+    slots_in_pool = args.k_cache.shape[0] * by_slot(args.k_cache, args.layout).shape[1]
+    store(replace(args, k=k, v=v), args.slot_mapping % slots_in_pool)
+
+
+def head_skipped(args: WriterArguments) -> None:
+    head = by_slot(args.k_cache, args.layout)[:, :, -1].clone(), by_slot(args.v_cache, args.layout)[:, :, -1].clone()
+    torch_writer(args)
+    for cache, kept in ((args.k_cache, head[0]), (args.v_cache, head[1])):
+        bits_of(by_slot(cache, args.layout))[:, :, -1] = bits_of(kept)
+
+
+def k_for_v(args: WriterArguments) -> None:
+    store(replace(args, v=args.k, v_scale=args.k_scale), args.slot_mapping)
+
+
+def page_cleaned(args: WriterArguments) -> None:
+    """Zeroes the slots behind the token of the last page it stores to."""
+    memory = by_slot(args.k_cache, args.layout)
+    page = int(args.slot_mapping[0]) // memory.shape[1]
+    bits_of(memory)[page, int(args.slot_mapping[0]) % memory.shape[1] + 1 :] = 0
+    torch_writer(args)
+
+
+def gap_written(args: WriterArguments) -> None:
+    torch_writer(args)
+    elements = args.k_cache.untyped_storage().nbytes() // args.k_cache.element_size()
+    bits_of(args.k_cache).as_strided((elements,), (1,), 0)[-1] = 0
+
+
+def input_written(args: WriterArguments) -> None:
+    torch_writer(args)
+    args.k[0, 0, 0] = 0
+
+
+def raising(args: WriterArguments) -> None:
+    raise ValueError("no such slot")
