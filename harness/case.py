@@ -45,7 +45,11 @@ class Placement:
     kind: str = "shuffled"
     name: str = "shuffled"
     pages: tuple[tuple[int, ...], ...] = ()  # explicit only: page ids per sequence
-    num_pages: int | None = None  # explicit only: of the pool; None: some beyond the highest id
+
+    @property
+    def repeats(self) -> bool:
+        """Whether some sequence has a page twice; all its logical pages then hold the same tokens."""
+        return any(len(set(pages)) < len(pages) for pages in self.pages)
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,8 @@ class Case:
     num_splits: int | None = None  # None: the kernel's own path without split-KV
     scale_factor: float = 1.125  # of the softmax scale, in 1/sqrt(head_size): not 1, so that a built-in scale shows
     placement: Placement = Placement()
+    num_pages: int | None = None  # size of the pool; None: as many as the placement needs, and a few more
+    pool: str = "auto"  # auto | dense | aliased (harness.cache.page_pool)
     writer: str | None = None  # name of the kernel that stores the new tokens; None: the cache is built with them
     steps: int = 1  # of a simulated engine over one cache; from 2 on `rows` are the requests (harness.problem.schedule)
     boundary: str | None = None  # where the pages of a boundary probe lie (harness.problem.boundary); None: no probe

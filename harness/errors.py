@@ -43,6 +43,10 @@ class OutOfMemory(AttnregError):
     """The kernel under test asked for memory of host or device that could not be had; the cause is chained."""
 
 
+class DeviceMemoryError(MemoryError):
+    """Memory of a device that a pool could not have; a MemoryError of any other kind is about the host's."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or its type where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 import torch
 
 from harness.cache.content import Content, is_decode
-from harness.cache.layouts import allocate, as_stored, by_slot, cache_shape
+from harness.cache.layouts import as_stored, by_slot, cache_shape
+from harness.cache.page_pool import allocate_pages
 from harness.cache.placement import Placed, page_table, place
 from harness.cache.poison import poison_bits, poisoned, tail_bits
 from harness.cache.pool import Pool, dense_pool
@@ -48,7 +49,7 @@ class KVCache:
     kv_block_descale: torch.Tensor | None = None  # [num_pages, num_kv_heads, 2] float32, of K then V
     pools: Mapping[str, Pool] = field(
         default_factory=dict
-    )  # of "k", "v", "table" where a boundary probe says where they lie
+    )  # of "k", "v" where they are aliased or a boundary probe says where they lie, as it may of "table"
     decoys: tuple[Decoy, ...] = ()  # what such a probe put where a wrong address would lead
 
     @property
@@ -67,7 +68,7 @@ def build_cache(
     """The cache of `problem` for a kernel of class `content`, on the device of the problem.
 
     `cached_lens` (default: what `content` demands) and `poison` plant set-up faults. Raises PlacementError, and
-    MemoryError where the addresses of a boundary probe cannot be had.
+    MemoryError where a pool cannot be had.
     """
     case, device = problem.case, problem.q.device
     stored, placed = element_type(case.stored_dtype), place(case)
@@ -130,7 +131,7 @@ def live_tokens(problem: Problem, placed: Sequence[Sequence[int]], cached_lens: 
 def _fill(
     problem: Problem, which: str, payload: torch.Tensor, placed: Placed, live: Live, poison: float
 ) -> tuple[torch.Tensor, Pool | None, tuple[Decoy, ...]]:
-    """K or V with the `live` tokens of `payload` [num_keys, heads, dim]; for boundary probes its pool and decoys."""
+    """K or V with the `live` tokens of `payload` [num_keys, heads, dim]; its pool, unless dense; a probe's decoys."""
     case, device = problem.case, payload.device
     stored, page_size = element_type(case.stored_dtype), case.page_size
     heads, dim = payload.shape[1:]
@@ -138,7 +139,8 @@ def _fill(
     fill, pool = poison_bits(stored, poison), None
     at = cache_geometry(case)
     if at is None or which not in at.page_strides:
-        cache = allocate(case.layout, which, shape, stored, fill, case.strides != "compact", device)
+        used = {page for pages in placed.pages for page in pages}
+        cache, pool = allocate_pages(case, which, shape, stored, fill, used, device)
     else:
         cache, pool = reserve(problem, which, shape, stored, at, live, fill & 0xFF)
     slots = bits_of(by_slot(cache, case.layout))  # [pages, page_size, heads, ...]
@@ -146,7 +148,7 @@ def _fill(
     slots[flat_pages] = tail_bits(stored, case.tail, poison)
     slots[live.page, live.slot] = as_stored(bits_of(payload)[live.key], slots)
     if at is None or pool is None:
-        return cache, None, ()
+        return cache, pool, ()
     return cache, pool, plant_decoys(problem, which, cache, payload, live, at.low_bits[which])
 
 

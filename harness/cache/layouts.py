@@ -49,11 +49,17 @@ def allocate(
 
     `strided` puts gaps behind every page, slot and head, of other sizes for V than for K; rows stay 16-byte aligned.
     """
-    storage = bits_of(
-        torch.empty(_with_gaps(layout, which, shape, stored) if strided else shape, dtype=stored.torch, device=device)
-    )
+    whole = storage_shape(layout, which, shape, stored, strided)
+    storage = bits_of(torch.empty(whole, dtype=stored.torch, device=device))
     storage.fill_(fill)
     return storage[tuple(slice(n) for n in shape)].view(stored.torch)
+
+
+def storage_shape(
+    layout: str, which: str, shape: tuple[int, ...], stored: ElementType, strided: bool
+) -> tuple[int, ...]:
+    """Shape of the compact storage that a cache of `shape` is cut from the beginning of."""
+    return _with_gaps(layout, which, shape, stored) if strided else shape
 
 
 def by_slot(cache: torch.Tensor, layout: str) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Placement: which physical pages each sequence gets, and the page table a kernel is handed.
 
-Invariant: no two sequences share a page except by a shared prefix; page 0 (the null page) is used by explicit placement
+Invariant: no two sequences share a page except by a shared prefix, and what has a page twice in one sequence has the
+same tokens there; page 0 (the null page) is used by explicit placement
 only; the pool has spare pages, so that an id off by a little, or a padded table entry, leads to poison.
 """
 
@@ -45,10 +46,12 @@ def place(case: Case) -> Placed:
     spare = max(3, sum(needed) // 8)
     if case.placement.kind == "explicit":
         highest = max((page for pages in case.placement.pages for page in pages), default=0)
-        return Placed(case.placement.pages, case.placement.num_pages or highest + 1 + spare)
+        return Placed(case.placement.pages, case.num_pages or highest + 1 + spare)
     shared = shared_prefix_len(case) // case.page_size
     context_lens = case.rows.context_lens
     own = [count - (shared if context > 0 else 0) for count, context in zip(needed, context_lens, strict=True)]
+    if case.num_pages is not None:
+        spare = case.num_pages - 1 - shared - sum(own)
     ids = _order(case, shared + sum(own), spare)
     prefix, start, pages = tuple(ids[:shared]), shared, []
     for count, context in zip(own, context_lens, strict=True):

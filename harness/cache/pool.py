@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from harness.errors import DeviceMemoryError
+
 POISON_BYTE = 0xFF  # NaN in every float type here
 Interval = tuple[int, int]  # bytes [first, end)
 _PIECE = 4096  # bytes
@@ -62,15 +64,20 @@ def dense_pool(tensor: torch.Tensor) -> Pool:
     return Pool("dense", data, 0, ((0, len(data)),), len(data))
 
 
-def make_pool(extent: Extent, own: Iterable[Interval], device: torch.device, fill: int = POISON_BYTE) -> Pool:
-    """A pool over `extent` of bytes `fill`, aliased where the system can, else dense. Raises MemoryError."""
+def make_pool(
+    extent: Extent, own: Iterable[Interval], device: torch.device, fill: int = POISON_BYTE, *, dense: bool = False
+) -> Pool:
+    """A pool over `extent` of bytes `fill`, aliased where the system can, else (or if so asked) dense.
+
+    Raises MemoryError.
+    """
     intervals = sorted(own)
-    if device.type == "cuda":
+    if device.type == "cuda" and not dense:
         from harness.cache.pool_gpu import aliased_pool_gpu, granule_size
 
         if granule := granule_size(device):
             return aliased_pool_gpu(extent, intervals, fill, device, granule)
-    else:
+    elif not dense:
         from harness.cache.pool_cpu import aliased_pool_cpu, cpu_can_alias
 
         if cpu_can_alias():
@@ -82,14 +89,20 @@ def filled_pool(extent: Extent, fill: int, device: torch.device) -> Pool:
     """A dense pool over `extent`; its base ends in low_bits within the slack that costs. Raises MemoryError."""
     slack = 1 << 32 if extent.low_bits else 0
     total = extent.lead + extent.size + slack
-    free = available(device)
-    if total + _SPARE > free:
-        raise MemoryError(f"a dense pool needs {total:,} bytes on {device}, and {free:,} are free")
+    require_memory(total, device)
     data = torch.full((total,), fill, dtype=torch.uint8, device=device)
     base = extent.lead
     if extent.low_bits:
         base += (extent.low_bits - data.data_ptr() - extent.lead) % (1 << 32)
     return Pool("dense", data, base, ((-base, total - base),), total)
+
+
+def require_memory(size: int, device: torch.device) -> None:
+    """Raise MemoryError unless a dense pool of `size` bytes can be had."""
+    free = available(device)
+    if size + _SPARE > free:
+        error = DeviceMemoryError if device.type == "cuda" else MemoryError
+        raise error(f"a dense pool needs {size:,} bytes on {device}, and {free:,} are free")
 
 
 def available(device: torch.device) -> int:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from harness.cache.pool import Extent, Interval, Pool, granules
+from harness.errors import DeviceMemoryError
 
 BLOCK_GRANULES = 16  # in the block that whole stretches share
 _2_32 = 1 << 32
@@ -59,7 +60,7 @@ class _Driver:
     def call(self, name: str, *args: object) -> None:
         if status := self.status(name, *args):
             why = "out of memory" if status == _OUT_OF_MEMORY else f"driver error {status}"
-            raise MemoryError(f"an aliased pool cannot be had: {name}: {why}")
+            raise DeviceMemoryError(f"an aliased pool cannot be had: {name}: {why}")
 
 
 @functools.cache

@@ -92,7 +92,8 @@ def reserve(
     for fault in FAULTS:
         own += pieces(reach.moved(on_cpu, fault) * stored.size)
     lowest, highest = min(lowest, *(a for a, _ in own)), max(highest, *(b for _, b in own))
-    pool = make_pool(Extent(-lowest, highest, at.low_bits[which]), own, problem.q.device, fill)
+    extent = Extent(-lowest, highest, at.low_bits[which])
+    pool = make_pool(extent, own, problem.q.device, fill, dense=case.pool == "dense")
     return pool.view(stored.torch, shape, strides), pool
 
 

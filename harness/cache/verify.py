@@ -29,6 +29,7 @@ from harness.errors import SetupBug
 from harness.problem.problem import Problem
 
 _CHUNK = 1 << 22  # elements at a time
+_AT_ONCE = 1 << 21  # the same of memory that only has to be poison
 
 
 def verify_cache(problem: Problem, cache: KVCache, content: Content) -> None:
@@ -109,33 +110,51 @@ def _verify_pool(problem: Problem, cache: KVCache, content: Content, which: str)
 
 @dataclass(frozen=True)
 class _Dead:
-    """Elements with memory of their own that are not yet accounted for: a mask [elements] for each stretch of them."""
+    """Elements with memory of their own that are not yet accounted for: stretches of at most _AT_ONCE, in order, by the
+    storage offset of the first and their number; a stretch gets a mask [elements] once some of it is.
+    """
 
-    stretches: tuple[tuple[int, torch.Tensor], ...]  # storage offset of the first, mask
+    stretches: tuple[tuple[int, int], ...]
+    firsts: torch.Tensor  # int64 [stretches]
+    masks: dict[int, torch.Tensor]  # bool, by number of the stretch
 
     @classmethod
     def of(cls, pool: Pool, tensor: torch.Tensor) -> _Dead:
-        size = tensor.element_size()
-        return cls(
-            tuple(
-                ((pool.base + first) // size, tensor.new_ones((end - first) // size, dtype=torch.bool))
-                for first, end in pool.own
-            )
-        )
+        size, found = tensor.element_size(), []
+        for first, end in pool.own:
+            low, high = (pool.base + first) // size, (pool.base + first) // size + (end - first) // size
+            found += [(start, min(_AT_ONCE, high - start)) for start in range(low, high, _AT_ONCE)]
+        return cls(tuple(found), torch.tensor([first for first, _ in found], device=tensor.device), {})
 
     def take(self, offsets: torch.Tensor) -> None:
         """Account for the elements at `offsets`, int64 of any shape."""
-        for first, mask in self.stretches:
-            here = offsets - first
-            mask[here if len(self.stretches) == 1 else here[(here >= 0) & (here < len(mask))]] = False
+        flat = offsets.flatten()
+        stretch = torch.bucketize(flat, self.firsts, right=True) - 1  # [elements]
+        for number in stretch.bincount().nonzero()[:, 0].tolist():
+            first, count = self.stretches[number]
+            if number not in self.masks:
+                self.masks[number] = torch.ones(count, dtype=torch.bool, device=flat.device)
+            self.masks[number][flat[stretch == number] - first] = False
 
     def stray(self, flat: torch.Tensor) -> int | None:
         """The first element left that is no poison, in `flat` [elements of the storage]."""
-        for first, mask in self.stretches:
-            stray = (flat[first : first + len(mask)] != POISON_BITS) & mask
+        for number, (first, count) in enumerate(self.stretches):
+            here = flat[first : first + count]
+            if number not in self.masks and _is_poison(here):
+                continue
+            stray = here != POISON_BITS
+            if number in self.masks:
+                stray &= self.masks[number]
             if bool(stray.any()):
                 return first + int(stray.nonzero()[0])
         return None
+
+
+def _is_poison(bits: torch.Tensor) -> bool:
+    """Whether `bits` [elements] of integers, at an address that 8 divides, are all poison: eight bytes at a time."""
+    whole = bits.numel() * bits.element_size() // 8 * 8 // bits.element_size()
+    words = bits[:whole].view(torch.int64)
+    return not bool((words != POISON_BITS).any()) and not bool((bits[whole:] != POISON_BITS).any())
 
 
 @dataclass(frozen=True)
@@ -163,12 +182,20 @@ def _slots_in_use(problem: Problem, cache: KVCache, content: Content, count: int
             )
         demanded = content.cached_len(query_len, context_len)
         key = torch.where(pos < demanded, problem.key_start[seq] + pos, -1)
+        if problem.case.placement.repeats:
+            key = _latest(key, page.to(torch.int64) * page_size + pos % page_size)
         whole = _Slots(torch.full_like(pos, seq), pos, page, pos % page_size, key)
         parts.append(whole)
     if not parts:
         return []
     joined = [torch.cat([getattr(part, name) for part in parts]) for name in ("seq", "pos", "page", "slot", "key")]
     return [_Slots(*chunk) for chunk in zip(*(torch.split(column, count) for column in joined), strict=True)]
+
+
+def _latest(key: torch.Tensor, cell: torch.Tensor) -> torch.Tensor:
+    """`key` [n] of the slots `cell` [n], where a slot that stands for two positions has the larger of their keys."""
+    cells, which = torch.unique(cell, return_inverse=True)
+    return torch.full_like(cells, -1).scatter_reduce_(0, which, key, "amax")[which]
 
 
 def _raise_slot(

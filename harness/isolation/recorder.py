@@ -67,7 +67,9 @@ class Recorder:
         outcome = Record.from_json(line).outcome
         if self.disposable and (self.fresh or outcome in SPOILT):
             os._exit(0)
-        if outcome is Outcome.CRASH and self.session is not None:
+        if outcome is not Outcome.CRASH or self.session is None:
+            return
+        if not self.session.config.getoption("--sanitize"):  # there it died in a process of its own
             self.session.shouldstop = "the device context died, and with -n 0 nothing replaces it"
 
     def pytest_unconfigure(self) -> None:

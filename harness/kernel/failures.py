@@ -10,7 +10,7 @@ import re
 
 import torch
 
-from harness.errors import AttnregError, KernelRaised, OutOfMemory, first_line
+from harness.errors import AttnregError, DeviceMemoryError, KernelRaised, OutOfMemory, first_line
 
 _HOST_MEMORY = re.compile(r"DefaultCPUAllocator: (?:can't allocate|not enough) memory.*?(\d+) bytes", re.DOTALL)
 _DEVICE_MEMORY = re.compile(r"(?:Triton Error \[\w+\]|(?:CUDA|HIP) error): (?:out of memory|hipErrorOutOfMemory)")
@@ -50,7 +50,7 @@ def message_of(cause: BaseException) -> str:
 
 def memory_shortage(error: BaseException) -> str | None:
     """Which memory could not be had, or None where `error` says nothing of the kind."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, (torch.OutOfMemoryError, DeviceMemoryError)):
         return f"device memory: {first_line(error)}"
     if isinstance(error, MemoryError):
         return f"host memory: {first_line(error)}"

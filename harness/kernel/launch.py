@@ -61,8 +61,8 @@ def launch(
 
     trace_accesses: keep what interpreted programs load of K, V, descales and page table, and who stored the outputs.
 
-    `pools` by argument name: those whose addresses reach further than their tensor. All of such a pool may be read: a
-    wrong address then reads a decoy, on a CPU as on a GPU, instead of ending the kernel.
+    `pools` by argument name: of arguments that are no plain tensors, aliased ones among them. Of a boundary probe all
+    of such a pool may be read: a wrong address then reads a decoy, on a CPU as on a GPU, instead of ending the kernel.
 
     Raises KernelRaised where the kernel raises, OutOfMemory where memory ran out in it; the error of a dead device
     context passes through as it is.
@@ -77,7 +77,8 @@ def launch(
             _call(launcher, args)
             ran: tuple[str, ...] = ()
         elif device.type == "cpu":
-            around = {f"surroundings of {name}": pool.bytes for name, pool in pools.items()}
+            reaching = pools if case.boundary is not None else {}
+            around = {f"surroundings of {name}": pool.bytes for name, pool in reaching.items()}
             # of K and V the room lies inside the cache
             room = {} if isinstance(contract, WriterContract) else {"block_table": contract.over_read("block_table")}
             trace = _new_trace() if trace_accesses else None

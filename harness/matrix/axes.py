@@ -36,6 +36,7 @@ DATA_LAWS = (
     "needle_edges", "rising", "falling", "large", "biased", "bar_codes", "tiny",
 )  # fmt: skip
 DESCALES = ("per_tensor", "quiet", "loud", "one")
+POOLS = ("auto", "dense", "aliased")
 PLACEMENTS = ("shuffled", "sequential", "reversed", "shared_prefix")
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]*)")
 _NUMBER = re.compile(r"-?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
@@ -286,6 +287,8 @@ AXES: Mapping[str, Axis] = {
         _axis("num_splits", Number(1, optional=True), "splits", "split-KV parts; none: the path without split-KV"),
         _axis("scale_factor", Number(0, whole=False, exclusive=True), "scale", "softmax scale times sqrt(head_size)"),
         _axis("placement", PlacementValue(), "", "which physical pages a sequence gets"),
+        _axis("num_pages", Number(1, optional=True), "pool", "pages of the pool; none: those needed and a few more"),
+        _axis("pool", Choice(POOLS), "", "memory of the pool; auto: aliased where it is large and mostly unused"),
         _axis("writer", WriterName(), "after_", "the kernel that stores the new tokens; none: the cache is built full"),
         _axis("steps", Number(1), "steps", "steps of a simulated engine, whose requests the rows are; 1: one launch"),
         _axis(

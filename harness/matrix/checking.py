@@ -146,17 +146,21 @@ def _meaningless_rows(matrix: Matrix, values: Values, where: str, span: Span, sp
 
 
 def _refused(matrix: Matrix, values: Values, where: str, span: Span, spans: Spans) -> Iterator[Mistake]:
+    told: set[str] = set()
     for axis, axes, refusal in (
         ("data", LAW_AXES, law_refusal),
         ("descales", DESCALE_AXES, descales_refusal),
         ("placement", PLACEMENT_AXES, placement_refusal),
+        ("num_pages", PLACEMENT_AXES, placement_refusal),
         ("boundary", BOUNDARY_AXES, boundary_refusal),
         ("writer", SERVING_AXES & values.keys(), serving_refusal),
         ("steps", SERVING_AXES & values.keys(), serving_refusal),
     ):
         for value in values.get(axis, ()):
             tried = (assemble(matrix.name, chosen) for chosen in _products(values, axes, **{axis: value}))
-            if reason := _refused_all(tried, refusal):
+            reason = _refused_all(tried, refusal)
+            if reason and reason not in told:  # one that two axes share is told at the first
+                told.add(reason)
                 what = f"{reason} (in every combination of {where})"
                 yield Mistake(spans.get((axis, value), span), what)
 

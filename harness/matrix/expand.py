@@ -29,15 +29,14 @@ from harness.problem.boundary import boundary_refusal
 
 _NO_ROWS = (1,), (16,)  # stands in where a batch is not known yet or does not matter
 _HEADS = frozenset({"num_q_heads", "gqa_ratio"})
-LAW_AXES = frozenset({"data", "logits_soft_cap", "alibi", "causal"})
+LAW_AXES = frozenset({"data", "logits_soft_cap", "alibi", "causal", "placement"})
 DESCALE_AXES = frozenset({"descales", "kv_dtype"})
-PLACEMENT_AXES = ROWS_AXES | {"placement"}
+PLACEMENT_AXES = ROWS_AXES | {"placement", "num_pages", "steps"}
 BOUNDARY_AXES = ROWS_AXES | {
-    "boundary", "boundary_target", "boundary_position", "placement", "strides", "dtype", "kv_dtype", "num_q_heads",
-    "gqa_ratio", "head_size", "head_size_v",
+    "boundary", "boundary_target", "boundary_position", "placement", "num_pages", "strides", "dtype", "kv_dtype",
+    "num_q_heads", "gqa_ratio", "head_size", "head_size_v",
 }  # fmt: skip
-SERVING_AXES = ROWS_AXES | {"writer", "steps", "boundary", "causal", "placement", "data"}
-_SELDOM = frozenset({"writer", "steps", "boundary", "boundary_target", "boundary_position"})  # left out where not given
+SERVING_AXES = ROWS_AXES | {"writer", "steps", "boundary", "causal", "placement", "data", "num_pages", "pool"}
 Predicate = Callable[[Mapping[str, Any]], bool]
 _COUPLED = (frozenset({"head_size", "head_size_v"}), ROWS_AXES)  # axes that one clause of a contract looks at together
 TUPLES = {0: "values", 1: "values", 2: "pairs", 3: "triples"}
@@ -167,11 +166,13 @@ def _refusals(matrix: Matrix, tier: Tier, supported: Supported) -> str:
 def tier_values(matrix: Matrix, tier: Tier) -> Values:
     """The values of every axis in `tier`, in the order of AXES, axes that only have their default included.
 
-    Axes of boundary probes and of writers are left out where they are not given: they would only slow down a cover.
+    Axes of boundary probes are left out where they are not given: they would only slow down a cover.
     """
     given = {**matrix.values, **(tier.shrink or {})}
     return {
-        name: given.get(name, (axis.default,)) for name, axis in AXES.items() if name in given or name not in _SELDOM
+        name: given.get(name, (axis.default,))
+        for name, axis in AXES.items()
+        if name in given or not name.startswith("boundary")
     }
 
 
@@ -181,8 +182,8 @@ def entry_values(matrix: Matrix, tier: Tier, entry: Values) -> Values:
     return {**plain, **entry}
 
 
-def constraints(name: str, rules: Iterable[Rule], axes: Collection[str]) -> list[Constraint]:
-    """The implied constraints and those of `rules`, over values of `axes`."""
+def constraints(name: str, rules: Iterable[Rule], values: Values) -> list[Constraint]:
+    """The implied constraints and those of `rules`, over `values` of axes."""
 
     def divides(values: Mapping[str, Any]) -> bool:
         return bool(values["num_q_heads"] % values["gqa_ratio"] == 0)
@@ -197,11 +198,12 @@ def constraints(name: str, rules: Iterable[Rule], axes: Collection[str]) -> list
         Constraint(DESCALE_AXES, _admits(name, descales_refusal), "the descales are possible"),
         Constraint(PLACEMENT_AXES, _admits(name, placement_refusal), "the placement is possible"),
     ]
-    if "boundary" in axes:
+    if "boundary" in values:
         implied.append(Constraint(BOUNDARY_AXES, _admits(name, boundary_refusal), "the boundary can be probed"))
-    if "writer" in axes or "steps" in axes:
-        known = SERVING_AXES & set(axes)
-        implied.append(Constraint(known, _admits(name, serving_refusal), "the cache can be written"))
+    if values["writer"] != (None,) or values["steps"] != (1,):
+        implied.append(
+            Constraint(SERVING_AXES & values.keys(), _admits(name, serving_refusal), "the cache can be written")
+        )
     return implied + [_rule_constraint(name, rule) for rule in rules]
 
 

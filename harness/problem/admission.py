@@ -29,6 +29,7 @@ LAWS: dict[str, str] = {
     "tiny": "uniform in +-0.001, as some test suites draw; exists to show what it is blind to",
 }
 NEEDLES = frozenset({"needle", "needle_edges"})
+BY_POSITION = NEEDLES | {"rising", "falling", "bar_codes"}  # tell each token of a sequence from all others
 STRUCTURED = NEEDLES | {"uniform", "bar_codes", "tiny"}  # equal softmax weights or values: errors are not independent
 DESCALES: dict[str, str] = {
     "per_tensor": "one descale for K and one for V",
@@ -37,6 +38,8 @@ DESCALES: dict[str, str] = {
     "one": "all 1: a kernel that ignores them passes",
 }
 
+MOST_GENERATED = 6  # tokens of one request of an engine, beyond its prompt
+SPARE_PAGES = 4  # of an engine, that nobody is ever given: what a padded table may name, and a wrong slot hit
 EXP_RANGE = 88.0  # exp of less than -88 underflows in float32, of more than 88 overflows
 SHIFTED_MEAN = 160.0  # of the scores of law `large`, and but for its sign of law `negative`
 SHIFTED_SPREAD = 45.0  # scores of these laws keep within this of their mean
@@ -49,6 +52,8 @@ def law_refusal(case: Case) -> str | None:
     law, cap = case.data, case.logits_soft_cap
     if law not in LAWS:
         return f"unknown data law '{law}'; known: {', '.join(LAWS)}"
+    if law in BY_POSITION and case.placement.repeats:
+        return f"{law}: placement '{case.placement.name}' has the same tokens at two places of a sequence"
     if law in NEEDLES and cap is not None:
         return f"{law}: a soft cap of {cap:g} bounds the score gap that a needle needs"
     if law in ("negative", "large") and cap is not None:
@@ -74,34 +79,47 @@ def descales_refusal(case: Case) -> str | None:
 
 
 def placement_refusal(case: Case) -> str | None:
-    """Why the placement or the boundary of `case` does not fit its lengths, in one sentence; None where it does."""
+    """Why the placement, the pool or the boundary of `case` does not fit its lengths, in one sentence; None where they
+    do.
+    """
     placement, lens = case.placement, ", ".join(map(str, case.rows.context_lens))
     if reason := boundary_refusal(case):
         return reason
     if placement.kind == "shared_prefix" and not shared_prefix_len(case):
         return f"shared_prefix: no whole page of {case.page_size} tokens fits every context (context_lens {lens})"
-    if placement.kind == "explicit":
-        return _explicit_refusal(case)
-    if placement.kind not in ("shuffled", "sequential", "reversed", "shared_prefix"):
+    if placement.kind == "explicit" and (reason := _explicit_refusal(case)):
+        return reason
+    if placement.kind not in ("shuffled", "sequential", "reversed", "shared_prefix", "explicit"):
         return f"unknown placement '{placement.kind}'; known: shuffled, sequential, reversed, shared_prefix, explicit"
-    return None
+    return _pool_refusal(case)
 
 
 def serving_refusal(case: Case) -> str | None:
     """Why no writer can fill the cache of `case`, or no engine serve its rows, in one sentence; None where they can."""
     if case.writer is not None and case.boundary is not None:
         return "a boundary probe says where K and V lie for attention alone: no writer"
+    if case.writer is not None and case.pool == "aliased":
+        return "pool aliased: what a writer stores to is compared whole, and dense"
+    if case.writer is not None and case.placement.repeats:
+        return f"placement '{case.placement.name}' has two tokens in one slot: no writer"
     if case.steps == 1:
         return None
+    least = 1 + max(engine_pages(case)) + SPARE_PAGES
     needs = {
         "a writer, which stores what each step computes": case.writer is not None,
         "a causal mask: later tokens are not there yet": case.causal,
         "prompts of at least one token": min(case.rows.seq_lens) > 0,
         "placement shuffled: its scheduler gives out pages": case.placement.kind == "shuffled",
         "a data law that is not auto or bar_codes": case.data not in (AUTO, "bar_codes"),
+        f"at least {least} pages (num_pages)": case.num_pages is None or case.num_pages >= least,
     }
     lacking = [need for need, met in needs.items() if not met]
     return f"an engine of {case.steps} steps needs {lacking[0]}" if lacking else None
+
+
+def engine_pages(case: Case) -> tuple[int, ...]:
+    """Pages that a request of each row of an engine may have in the end."""
+    return tuple(-(-(max(prompt, 0) + MOST_GENERATED) // case.page_size) for prompt in case.rows.seq_lens)
 
 
 def shared_prefix_len(case: Case) -> int:
@@ -117,6 +135,13 @@ def pages_needed(case: Case) -> tuple[int, ...]:
     return tuple(-(-max(seq_len, 0) // case.page_size) for seq_len in case.rows.seq_lens)
 
 
+def first_holders(case: Case) -> tuple[tuple[int, ...], ...]:
+    """By sequence and logical page, the first logical page of the sequence on the same physical one: mostly itself."""
+    if not case.placement.repeats:
+        return tuple(tuple(range(count)) for count in pages_needed(case))
+    return tuple(tuple(map(pages.index, pages)) for pages in case.placement.pages)
+
+
 def _explicit_refusal(case: Case) -> str | None:
     placement, needed = case.placement, pages_needed(case)
     if len(placement.pages) != len(needed):
@@ -127,7 +152,25 @@ def _explicit_refusal(case: Case) -> str | None:
     ids = [page for pages in placement.pages for page in pages]
     if any(page < 0 for page in ids):
         return f"placement '{placement.name}': page ids must not be negative"
-    if len(set(ids)) != len(ids):
-        twice = next(page for i, page in enumerate(ids) if page in ids[:i])
-        return f"placement '{placement.name}': page {twice} is given twice"
+    by_sequence = [page for pages in placement.pages for page in set(pages)]
+    if len(set(by_sequence)) != len(by_sequence):
+        shared = next(page for i, page in enumerate(by_sequence) if page in by_sequence[:i])
+        return f"placement '{placement.name}': page {shared} is given to two sequences"
+    if case.num_pages is not None and ids and max(ids) >= case.num_pages:
+        return f"placement '{placement.name}': page {max(ids)} lies beyond a pool of {case.num_pages} pages (num_pages)"
     return None
+
+
+def _pool_refusal(case: Case) -> str | None:
+    """A pool holds page 0, the pages of the batch, and one page of poison that padding may name."""
+    if case.num_pages is None or case.steps > 1:  # of an engine: see serving_refusal
+        return None
+    if case.placement.kind == "explicit":
+        taken = len({page for pages in case.placement.pages for page in pages} | {0})
+    else:
+        holders = sum(context_len > 0 for context_len in case.rows.context_lens)
+        again = max(holders - 1, 0) * (shared_prefix_len(case) // case.page_size)
+        taken = 1 + sum(pages_needed(case)) - again
+    if case.num_pages > taken:
+        return None
+    return f"num_pages {case.num_pages}: page 0, the pages of the batch and an unused one need at least {taken + 1}"

@@ -53,6 +53,8 @@ def boundary_refusal(case: Case) -> str | None:
     """Why `case` cannot probe its boundary, in one sentence; None where it can, or has none."""
     if case.boundary is None:
         return None
+    if case.num_pages is not None:
+        return f"boundary {case.boundary}: it says itself how large the pool is: leave num_pages at none"
     name, target = f"boundary {case.boundary}", case.boundary_target
     if target in ("out", "table"):
         return _rows_refusal(case)

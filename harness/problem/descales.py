@@ -1,7 +1,7 @@
 """Descales of an fp8 cache: what a stored payload is multiplied by to get the value.
 
-Invariant: no value of a page leaves the range of the stored type at the descale of its page; pages of a shared prefix
-have one descale, however many sequences hold them; nothing here knows where a page will lie.
+Invariant: no value of a page leaves the range of the stored type at the descale of its page; a page has one descale,
+however many sequences hold it, or how often one does; nothing here knows where a page will lie.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from harness.case import Case
 from harness.dtypes import element_type
 from harness.problem import random
-from harness.problem.admission import pages_needed, shared_prefix_len
+from harness.problem.admission import first_holders, pages_needed, shared_prefix_len
 from harness.problem.spans import key_start
 
 _BETWEEN = {"k": (0.02, 0.15), "v": (0.25, 0.9)}  # apart from each other and from 1: payloads of N(0, 1) stay inside,
@@ -70,11 +70,14 @@ def page_of_key(case: Case) -> torch.Tensor:
 
 
 def _owners(case: Case) -> torch.Tensor:
-    """The logical page whose descale each has: itself, but for a shared prefix that of the first holder; int64."""
+    """The logical page whose descale each has: the first on the same physical page; int64 [logical pages]."""
     needed, shared = pages_needed(case), shared_prefix_len(case) // case.page_size
     first = [sum(needed[:seq]) for seq in range(len(needed))]
     holders = [seq for seq, context_len in enumerate(case.rows.context_lens) if context_len > 0]
-    owner = torch.arange(sum(needed))
+    owner = torch.tensor(
+        [first[seq] + page for seq, pages in enumerate(first_holders(case)) for page in pages],
+        dtype=torch.int64,
+    )
     for seq in holders[1:]:
         owner[first[seq] : first[seq] + shared] = owner[first[holders[0]] : first[holders[0]] + shared]
     return owner

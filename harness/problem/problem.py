@@ -17,6 +17,7 @@ from harness.problem.admission import (
     NEEDLES,
     STRUCTURED,
     descales_refusal,
+    first_holders,
     law_refusal,
     placement_refusal,
     shared_prefix_len,
@@ -76,7 +77,7 @@ def build_problem(case: Case, device: torch.device | str) -> Problem:
     slopes = alibi_slopes(case.num_q_heads) if case.alibi else None
     softmax_scale = case.scale_factor / math.sqrt(case.head_size)
     sinks = draw_sinks(case, slopes, device) if case.sinks else None
-    k, v = _share_prefix(case, draw_keys(case, device)), _share_prefix(case, draw_values(case, device))
+    k, v = _tie(case, draw_keys(case, device)), _tie(case, draw_values(case, device))
     if case.data in NEEDLES:
         k = snap_keys(case, k)
     scales = (math.nan, math.nan)
@@ -98,7 +99,7 @@ def build_problem(case: Case, device: torch.device | str) -> Problem:
         v_scale=scales[1],
         page_descales=per_page,
         shared_prefix=shared_prefix_len(case),
-        structured=case.data in STRUCTURED,
+        structured=case.data in STRUCTURED or case.placement.repeats,
         geometry_seed=case.geometry_seed,
         data_seed=case.data_seed,
     )
@@ -110,11 +111,19 @@ def build_problem(case: Case, device: torch.device | str) -> Problem:
     return replace(problem, k=k, q=needle_queries(case, payload, descale, softmax_scale, slopes, sinks))
 
 
-def _share_prefix(case: Case, tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` [num_keys, heads, d] with the shared prefix of the first sequence with context in all that have one."""
+def _tie(case: Case, tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` [num_keys, heads, d] with the same tokens wherever sequences, or one of them twice, hold the same page:
+    those of the first that does.
+    """
     length, starts = shared_prefix_len(case), key_start(case.rows)
     with_context = [starts[seq] for seq, context_len in enumerate(case.rows.context_lens) if context_len > 0]
     if length:
         for start in with_context[1:]:
             tensor[start : start + length] = tensor[with_context[0] : with_context[0] + length]
+    if case.placement.repeats:
+        for start, end, firsts in zip(starts, starts[1:], first_holders(case), strict=False):
+            for page, first in enumerate(firsts):
+                to, origin = start + page * case.page_size, start + first * case.page_size
+                count = min(case.page_size, end - to)
+                tensor[to : to + count] = tensor[origin : origin + count]
     return tensor

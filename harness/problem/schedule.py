@@ -15,9 +15,8 @@ from dataclasses import dataclass, field, replace
 
 from harness.case import Case, Placement, Rows
 from harness.problem import random
+from harness.problem.admission import MOST_GENERATED, SPARE_PAGES, engine_pages
 
-MOST_GENERATED = 6  # tokens of one request
-SPARE = 4  # pages that nobody is ever given, beside page 0: what a padded table may name, and a wrong slot hit
 _MOST_TOLD = 3  # holders of a page
 _SHARE = 0.8  # of the pages that all requests of the rows would want at once, in the pool
 
@@ -52,14 +51,14 @@ class Schedule:
     def problem_case(self, case: Case) -> Case:
         """Every token of every request, as rows without context: what the steps are slices of."""
         rows = Rows("requests", self.lengths, (0,) * len(self.lengths))
-        return replace(case, rows=rows)
+        return replace(case, rows=rows, num_pages=None)
 
     def step_case(self, case: Case, step: Step) -> Case:
         """The batch of one step as a case of its own, on the pages that its requests have."""
         name = f"step{step.number}"
         rows = Rows(name, tuple(r.query_len for r in step.rows), tuple(r.context_len for r in step.rows))
-        placement = Placement("explicit", name, tuple(row.pages for row in step.rows), self.num_pages)
-        return replace(case, rows=rows, placement=placement, steps=1)
+        placement = Placement("explicit", name, tuple(row.pages for row in step.rows))
+        return replace(case, rows=rows, placement=placement, num_pages=self.num_pages, steps=1)
 
     def history(self, page: int, until: int) -> str:
         """Who had `page` up to step `until`, in words."""
@@ -101,9 +100,9 @@ class _Engine:
 
     def __init__(self, case: Case) -> None:
         self.case, self.page_size = case, case.page_size
-        wanted = [self._pages(prompt + MOST_GENERATED) for prompt in case.rows.seq_lens]
-        usable = max(*wanted, int(sum(wanted) * _SHARE))
-        self.num_pages = 1 + usable + SPARE
+        wanted = engine_pages(case)
+        self.num_pages = case.num_pages or 1 + max(*wanted, int(sum(wanted) * _SHARE)) + SPARE_PAGES
+        usable = self.num_pages - 1 - SPARE_PAGES
         order = random.permutation(case.geometry_seed, "pages", self.num_pages - 1)
         self.free = [1 + page for page in order[:usable]]  # the last is given out first
         self.lengths: list[int] = []

@@ -59,7 +59,7 @@ def test_explicit_pages_are_taken_as_given_page_0_included() -> None:
     [
         (((1,),), "1 page lists for 5 sequences"),
         (((1, 2, 3), (), (), (), ()), "sequence 0 needs 4 pages, 3 are given"),
-        (((1, 2, 3, 4), tuple(range(4, 11)), (), (20,), (21, 22, 23)), "page 4 is given twice"),
+        (((1, 2, 3, 4), tuple(range(4, 11)), (), (20,), (21, 22, 23)), "page 4 is given to two sequences"),
         (((-1, 2, 3, 4), tuple(range(5, 12)), (), (20,), (21, 22, 23)), "must not be negative"),
     ],
 )

@@ -161,10 +161,17 @@ sys.exit(status)
 """
 
 
-def _stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+DYING_STAND_IN = """#!{python}
+import sys
+open(sys.argv[sys.argv.index("--log-file") + 1], "w").write({text!r})
+sys.exit(9)
+"""
+
+
+def _stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str, script: str = STAND_IN) -> None:
     tool = folder / "bin" / "compute-sanitizer"
     tool.parent.mkdir()
-    tool.write_text(STAND_IN.format(python=sys.executable, text=text))
+    tool.write_text(script.format(python=sys.executable, text=text))
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tool.parent}{os.pathsep}{os.environ['PATH']}")
 
@@ -180,6 +187,15 @@ def test_a_case_under_the_tool(toys: Toys, monkeypatch: pytest.MonkeyPatch) -> N
         assert "4 bytes behind v_cache" in toys.records[0].reason
     assert toys.records[0].err_over_tol is not None
     result.stdout.fnmatch_lines(["*memcheck*Invalid __global__ read of size 4 bytes in paged_kernel*"])
+
+
+def test_a_case_that_dies_under_the_tool_interrupts_nothing(toys: Toys, monkeypatch: pytest.MonkeyPatch) -> None:
+    _stand_in(toys.pytester.path, monkeypatch, MEMCHECK, DYING_STAND_IN)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    result = toys.run("toy_honest", "--device=auto", "--sanitize=memcheck", "-k", "s1")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    assert toys.outcomes == {"toy_honest": {Outcome.CRASH}}
+    result.stdout.no_fnmatch_line("*Interrupted*")
 
 
 @pytest.mark.parametrize(

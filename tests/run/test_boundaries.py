@@ -108,6 +108,14 @@ def test_addresses_that_cannot_be_had_are_out_of_memory(monkeypatch: pytest.Monk
     assert "bytes on cpu, and 1,073,741,824 are free" in verdict.reason
 
 
+def test_a_probe_can_ask_for_all_of_its_addresses_as_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "available", lambda device: 1 << 30)
+    case = replace(probe("unified_paged", "elements31", boundary_target="k"), pool="dense")
+    verdict = run_case(case, KERNELS[case.kernel], Options(device="cpu"))
+    assert verdict.outcome is Outcome.OUT_OF_MEMORY
+    assert "host memory: a dense pool needs " in verdict.reason
+
+
 TORCH_LAUNCH = "    starts, seq_lens = args"
 TORCH_CASE = probe("torch_sdpa_paged", "carry", boundary_target="kv")
 
