@@ -16,7 +16,7 @@ import torch
 from staging import Staged
 
 from harness.cache.content import Content
-from harness.cache.layouts import as_stored, by_slot
+from harness.cache.layouts import Slots, by_slot
 from harness.cache.quantise import bits_of, quantise
 from harness.dtypes import element_type
 from harness.kernel.arguments import LaunchArguments
@@ -61,7 +61,8 @@ def page_descale(which: str, factor: float) -> Change:
             values = values.to(stored.torch)
         payload = quantise(values, problem.k_scale if which == "k" else problem.v_scale, stored)
         pool, slots = _copied(args, which)
-        slots[page, : len(payload)] = as_stored(bits_of(payload), slots)
+        slot = torch.arange(len(payload), device=pool.device)
+        slots.store(torch.full_like(slot, page), slot, bits_of(payload))
         return _with(args, which, pool)
 
     return change
@@ -127,7 +128,7 @@ def heads_reversed(staged: Staged, at: Target) -> LaunchArguments:
     changed = args
     for which in "kv":
         pool, slots = _copied(args, which)
-        slots.copy_(slots.flip(2).clone())
+        slots.view.copy_(slots.view.flip(1 + len(slots.parts)).clone())
         changed = _with(changed, which, pool)
     if args.kv_block_descale is not None:
         changed = replace(changed, kv_block_descale=args.kv_block_descale.flip(1))
@@ -280,10 +281,15 @@ def _keys_of_page(staged: Staged, at: Target) -> slice:
     return slice(first, min(first + size, start[at.seq + 1]))
 
 
-def _copied(args: LaunchArguments, which: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """A copy of the K or V pool, and its bits by [page, slot, head, ...]."""
+def _copied(args: LaunchArguments, which: str) -> tuple[torch.Tensor, Slots]:
+    """A copy of the K or V pool, and its bits by token."""
     pool = (args.k_cache if which == "k" else args.v_cache).clone()
-    return pool, bits_of(by_slot(pool, args.layout))
+    return pool, by_slot(bits_of(pool), args.layout, which)
+
+
+def _at(pool: torch.Tensor, page: int, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """int64 [1] each."""
+    return torch.tensor([page], device=pool.device), torch.tensor([slot], device=pool.device)
 
 
 def _with(args: LaunchArguments, which: str, pool: torch.Tensor) -> LaunchArguments:
@@ -297,8 +303,9 @@ def _overwritten(staged: Staged, seq: int, position: int, zeros: bool) -> Launch
     changed = staged.setup.args
     for which in "kv":
         pool, slots = _copied(changed, which)
-        donor = slots[pages[other // size], other % size].clone()
-        slots[pages[position // size], position % size] = 0 if zeros else donor
+        here, there = (_at(pool, pages[pos // size], pos % size) for pos in (position, other))
+        donor = slots.load(*there)  # [1, heads, dim]
+        slots.store(*here, torch.zeros_like(donor) if zeros else donor)
         changed = _with(changed, which, pool)
     return changed
 

@@ -67,9 +67,9 @@ class Case:
     head_size: int = 128
     head_size_v: int | None = None  # None: the same as head_size
     page_size: int = 16
-    layout: str = "linear_nhd"  # linear_nhd | vllm_classic
+    layout: str = "linear_nhd"  # linear_nhd | linear_3d | hnd | vllm_classic | vectorized (harness.layout)
     strides: str = "compact"  # compact | cache (strided cache views) | all (q, k, v, out too)
-    page_table: str = "block_table"
+    page_table: str = "block_table"  # block_table [num_seqs, max_pages] | kv_indices: kv_indptr, kv_page_indices
     table_padding: str = "poison_page"  # poison_page | out_of_range | exact
     tail: str = "nan"  # nan | loud: what lies behind the last token of a live page
     sliding_window: int | None = None  # keys a query sees, itself included

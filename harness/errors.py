@@ -20,7 +20,7 @@ class LawError(AttnregError):
 
 
 class PlacementError(AttnregError):
-    """A placement that does not fit the lengths of the case."""
+    """A placement or layout that does not fit the lengths of the case."""
 
 
 class SetupBug(AttnregError):

@@ -206,7 +206,8 @@ class Session:
         """The options of this session, with what `matrix` demands."""
         from harness.run.observe import Demand
 
-        return replace(self.options, demand=Demand(matrix.must_see, matrix.margin), noise_floor=matrix.noise_floor)
+        demand = Demand(matrix.must_see, matrix.margin)
+        return replace(self.options, demand=demand, twins=matrix.twins, noise_floor=matrix.noise_floor)
 
     @property
     def named_plugin(self) -> str:

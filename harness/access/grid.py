@@ -6,12 +6,15 @@ if the tensor were packed, so that a number says which page, slot and head it is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from harness.layout import parts
 
 Ints = npt.NDArray[np.int64]
 GAP = -1
@@ -70,12 +73,13 @@ class Grid:
 
 
 def cache_grid(tensor: torch.Tensor, layout: str, which: str) -> Grid | None:
-    """Cells (page * page_size + slot) * num_kv_heads + head of K (`which` "k") or V; see harness.cache.layouts."""
-    if layout == "linear_nhd":
-        _, slots, heads, _ = tensor.shape
-        return Grid.of(tensor, (slots * heads, heads, 1, 0), (0, 0, 0, 1))
-    if which == "k":
-        _, heads, _, slots, x = tensor.shape
-        return Grid.of(tensor, (slots * heads, 1, 0, heads, 0), (0, 0, x, 0, 1))
-    _, heads, _, slots = tensor.shape
-    return Grid.of(tensor, (slots * heads, 1, 0, heads), (0, 0, 1, 0))
+    """Cells (page * page_size + slot) * num_kv_heads + head of K (`which` "k") or V; see harness.layout."""
+    dims = parts(layout, which, tensor.shape)
+    heads = math.prod(part.size for part in dims if part.of == "head")
+    slots = math.prod(part.size for part in dims if part.of == "slot")
+    cells = {"page": slots * heads, "slot": heads, "head": 1, "dim": 0}
+    return Grid.of(
+        tensor,
+        [part.step * cells[part.of] for part in dims],
+        [part.step * (part.of == "dim") for part in dims],
+    )

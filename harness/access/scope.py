@@ -15,6 +15,7 @@ import torch
 
 from harness.access.grid import Grid, Ints, cache_grid
 from harness.cache.build import KVCache
+from harness.cache.page_table import page_ids
 from harness.case import Case
 from harness.kernel.arguments import LaunchArguments
 from harness.kernel.contract import Contract
@@ -107,6 +108,7 @@ def scopes(case: Case, contract: Contract, cache: KVCache, args: LaunchArguments
     """The scopes of all buffers that have the shape they were built with and whose elements do not overlap."""
     built = {
         "block_table": cache.block_table,
+        "kv_page_indices": cache.kv_page_indices,
         "k_cache": cache.k,
         "v_cache": cache.v,
         "kv_block_descale": cache.kv_block_descale,
@@ -121,6 +123,8 @@ def scopes(case: Case, contract: Contract, cache: KVCache, args: LaunchArguments
             continue
         if name == "block_table":
             scope = _table(tensor, contract.over_read(name), lengths)
+        elif name == "kv_page_indices":
+            scope = _index_list(tensor, contract.over_read(name), cache, lengths)
         elif name in ("k_cache", "v_cache"):
             scope = _slots(name, tensor, case, cache, contract.over_read(name), lengths)
         elif name == "kv_block_descale":
@@ -163,6 +167,17 @@ def _table(table: torch.Tensor, room: int, lengths: _Lengths) -> Scope | None:
     return Scope("block_table", grid, may, None, 1, 1, base, paged=True)
 
 
+def _index_list(table: torch.Tensor, room: int, cache: KVCache, lengths: _Lengths) -> Scope | None:
+    """Entries of kv_page_indices. Those of a sequence go on to the end of the list, as an over-read of it does."""
+    if table.stride() != (1,):
+        return None
+    grid = Grid.linear(table, room)
+    starts = itertools.accumulate((len(owned) for owned in cache.pages[:-1]), initial=0)
+    base = tuple(np.arange(start, grid.num_cells) for start in starts)
+    may = tuple((0, min(n + room, len(cells))) for n, cells in zip(lengths.pages, base, strict=True))
+    return Scope("kv_page_indices", grid, may, None, 1, 1, base, paged=True)
+
+
 def _slots(name: str, tensor: torch.Tensor, case: Case, cache: KVCache, room: int, lengths: _Lengths) -> Scope | None:
     """Slots of K or V; with `room`, on to that many behind the cached tokens, on pages that the table row names."""
     grid = cache_grid(tensor, case.layout, name[0])
@@ -170,7 +185,7 @@ def _slots(name: str, tensor: torch.Tensor, case: Case, cache: KVCache, room: in
         return None
     base = []
     for seq, (owned, cached) in enumerate(zip(cache.pages, lengths.cached, strict=True)):
-        named = cache.block_table[seq, len(owned) : -(-(cached + room) // case.page_size)].tolist()
+        named = page_ids(cache, seq, -(-(cached + room) // case.page_size))[len(owned) :].tolist()
         known = itertools.takewhile(lambda page: 0 <= page < cache.num_pages, named)
         pages = np.array([*owned, *known], dtype=np.int64)[:, None]
         slots = pages * case.page_size + np.arange(case.page_size)  # [pages, page_size]

@@ -1,46 +1,59 @@
 """Addresses in a cache tensor: the element offset of (page, slot, head, dim), in int64, as a right kernel computes it.
 
-Invariant: follows from the strides of the tensor and the layout's formula alone; no view of the tensor is used.
+Invariant: follows from the strides of the tensor and the layout's table alone; no view of the tensor is used.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
+from harness.layout import parts
+
 
 @dataclass(frozen=True)
 class Address:
-    """Element offsets in the storage of one cache tensor, by meaning; `vector` is x of vllm_classic K, else 1."""
+    """Element offsets in the storage of one cache tensor, by meaning."""
 
     origin: int
     page: int
-    slot: int
+    slots: torch.Tensor  # [page_size] int64: offset of each slot in its page
     inner: torch.Tensor  # [heads * dim] int64: offset of (head, dim)
 
     def offsets(self, page: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
         """int64 [n, heads * dim] for `page`, `slot` [n]."""
-        return (self.origin + page.to(torch.int64) * self.page + slot.to(torch.int64) * self.slot)[:, None] + self.inner
+        return (self.origin + page.to(torch.int64) * self.page)[:, None] + self.in_page(slot)
+
+    def in_page(self, slot: torch.Tensor) -> torch.Tensor:
+        """int64 [n, heads * dim]: offsets from the start of its page of every element of `slot` [n]."""
+        return self.slots[slot.to(torch.int64)][:, None] + self.inner
 
 
 def address(tensor: torch.Tensor, layout: str, which: str, heads: int, dim: int) -> Address:
-    """Offset of (page, slot, head, dim): page, slot and head by their strides, dim as (dim // x, dim % x)."""
+    """Offset of (page, slot, head, dim) in K (`which` "k") or V: each dimension's share of its index by its stride."""
     at = planned_address(tuple(tensor.shape), tensor.stride(), layout, which, heads, dim)
-    return replace(at, origin=int(tensor.storage_offset()), inner=at.inner.to(tensor.device))
+    slots, inner = at.slots.to(tensor.device), at.inner.to(tensor.device)
+    return replace(at, origin=int(tensor.storage_offset()), slots=slots, inner=inner)
 
 
 def planned_address(
-    shape: tuple[int, ...], strides: tuple[int, ...], layout: str, which: str, heads: int, dim: int
+    shape: Sequence[int], strides: Sequence[int], layout: str, which: str, heads: int, dim: int
 ) -> Address:
     """The same of a tensor that is yet to be, at the start of its storage and on the CPU."""
-    s = strides
-    if layout == "linear_nhd":
-        page, slot, head, block, lane, vector = s[0], s[1], s[2], s[3], 0, 1
-    elif which == "k":
-        page, head, block, slot, lane, vector = *s, shape[4]
-    else:
-        page, head, block, slot, lane, vector = *s, 0, 1
-    d = torch.arange(dim)
-    inner = torch.arange(heads)[:, None] * head + d // vector * block + d % vector * lane
-    return Address(0, page, slot, inner.flatten())
+    dims = tuple(zip(parts(layout, which, shape), strides, strict=True))
+
+    page_size = math.prod(part.size for part, _ in dims if part.of == "slot")
+
+    def share(of: str, count: int) -> torch.Tensor:
+        index, offset = torch.arange(count), torch.zeros(count, dtype=torch.int64)
+        for part, stride in dims:
+            if part.of == of:
+                offset += index // part.step % part.size * stride
+        return offset
+
+    inner = share("head", heads)[:, None] + share("dim", dim)
+    page = next(stride for part, stride in dims if part.of == "page")
+    return Address(0, page, share("slot", page_size), inner.flatten())

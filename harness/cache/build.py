@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 import torch
 
 from harness.cache.content import Content, is_decode
-from harness.cache.layouts import as_stored, by_slot, cache_shape
+from harness.cache.layouts import by_slot
 from harness.cache.page_pool import allocate_pages
-from harness.cache.placement import Placed, page_table, place
+from harness.cache.page_table import PageTable, block_table, kv_indices
+from harness.cache.placement import Placed, place
 from harness.cache.poison import poison_bits, poisoned, tail_bits
 from harness.cache.pool import Pool, dense_pool
 from harness.cache.positions import key_positions, new_token_keys
@@ -23,17 +24,18 @@ from harness.cache.probe import Decoy, Live, plant_decoys, reserve
 from harness.cache.quantise import bits_of, quantise
 from harness.cache.table_probe import Entries, reaching_table
 from harness.dtypes import element_type
+from harness.layout import cache_shape
 from harness.problem.boundary import cache_geometry, table_geometry
 from harness.problem.problem import Problem
 
 
 @dataclass(frozen=True)
 class KVCache:
-    """What is handed over, and what it is meant to hold (see harness.cache.layouts for the shapes of k and v)."""
+    """What is handed over, and what it is meant to hold (see harness.layout for the shapes of k and v)."""
 
     k: torch.Tensor
     v: torch.Tensor
-    block_table: torch.Tensor  # [num_seqs, max_pages] int32
+    block_table: torch.Tensor | None  # [num_seqs, max_pages] int32; None where the pages come as kv_page_indices
     seq_lens: torch.Tensor  # [num_seqs] int32
     query_start_loc: torch.Tensor  # [num_seqs + 1] int32
     k_scale: torch.Tensor  # [1] float32; NaN where descales are per page
@@ -47,6 +49,9 @@ class KVCache:
     new_k: torch.Tensor | None  # [num_tokens, num_kv_heads, head_size] in the dtype of the case; None for content `all`
     new_v: torch.Tensor | None  # [num_tokens, num_kv_heads, head_size_v]
     kv_block_descale: torch.Tensor | None = None  # [num_pages, num_kv_heads, 2] float32, of K then V
+    kv_indptr: torch.Tensor | None = None  # [num_seqs + 1] int32, in pages (harness.cache.page_table)
+    kv_page_indices: torch.Tensor | None = None  # [total pages, then padding] int32
+    kv_last_page_len: torch.Tensor | None = None  # [num_seqs] int32
     pools: Mapping[str, Pool] = field(
         default_factory=dict
     )  # of "k", "v" where they are aliased or a boundary probe says where they lie, as it may of "table"
@@ -81,17 +86,18 @@ def build_cache(
     live = live_tokens(problem, placed.pages, cached_lens)
     made = {name: _fill(problem, name, payloads[name], placed, live, poison) for name in payloads}
     pools = {name: pool for name, (_, pool, _) in made.items() if pool is not None}
-    table = page_table(placed, case.table_padding, device)
-    if reach := table_geometry(case):
+    table = _page_table(problem, placed)
+    if (reach := table_geometry(case)) and table.block_table is not None:
         entries = Entries.of(tuple(cached_lens), case.page_size, device)
-        table, pools["table"] = reaching_table(table, reach, entries)
+        far, pools["table"] = reaching_table(table.block_table, reach, entries)
+        table = PageTable(far)
     query_start = [0]
     for query_len in case.rows.query_lens:
         query_start.append(query_start[-1] + query_len)
     return KVCache(
         k=made["k"][0],
         v=made["v"][0],
-        block_table=table,
+        block_table=table.block_table,
         seq_lens=torch.tensor(case.rows.seq_lens, dtype=torch.int32, device=device),
         query_start_loc=torch.tensor(query_start, dtype=torch.int32, device=device),
         k_scale=torch.tensor([problem.k_scale], dtype=torch.float32, device=device),
@@ -105,6 +111,9 @@ def build_cache(
         new_k=_new_tokens(problem, problem.k, content) if content.takes_new_tokens else None,
         new_v=_new_tokens(problem, problem.v, content) if content.takes_new_tokens else None,
         kv_block_descale=_block_descale(problem, placed),
+        kv_indptr=table.kv_indptr,
+        kv_page_indices=table.kv_page_indices,
+        kv_last_page_len=table.kv_last_page_len,
         pools=pools,
         decoys=made["k"][2] + made["v"][2],
     )
@@ -143,13 +152,20 @@ def _fill(
         cache, pool = allocate_pages(case, which, shape, stored, fill, used, device)
     else:
         cache, pool = reserve(problem, which, shape, stored, at, live, fill & 0xFF)
-    slots = bits_of(by_slot(cache, case.layout))  # [pages, page_size, heads, ...]
+    slots = by_slot(bits_of(cache), case.layout, which)
     flat_pages = torch.tensor([page for pages in placed.pages for page in pages], dtype=torch.int64, device=device)
-    slots[flat_pages] = tail_bits(stored, case.tail, poison)
-    slots[live.page, live.slot] = as_stored(bits_of(payload)[live.key], slots)
+    slots.view[flat_pages] = tail_bits(stored, case.tail, poison)
+    slots.store(live.page, live.slot, bits_of(payload)[live.key])
     if at is None or pool is None:
         return cache, pool, ()
     return cache, pool, plant_decoys(problem, which, cache, payload, live, at.low_bits[which])
+
+
+def _page_table(problem: Problem, placed: Placed) -> PageTable:
+    case, device = problem.case, problem.q.device
+    if case.page_table == "block_table":
+        return PageTable(block_table(placed, case.table_padding, device))
+    return kv_indices(placed, case.rows.seq_lens, case.page_size, case.table_padding, device)
 
 
 def _block_descale(problem: Problem, placed: Placed) -> torch.Tensor | None:

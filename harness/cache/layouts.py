@@ -1,39 +1,17 @@
-"""Layouts: how (page, slot, head, dim) maps to storage.
+"""Memory of K and V in any layout (harness.layout): allocated, and stored to token by token.
 
-    linear_nhd    K [pages, page_size, heads, d]          V [pages, page_size, heads, dv]
-    vllm_classic  K [pages, heads, d / x, page_size, x]   V [pages, heads, dv, page_size]
-
-x is 16 bytes of elements, or the largest power of two below that divides the head size (fp8 with head size 24: 8).
 Invariant: `by_slot` is a view, so whatever is written through it lies in the storage handed to the kernel.
 """
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
 
 import torch
 
 from harness.cache.quantise import bits_of
 from harness.dtypes import ElementType
-
-LAYOUTS = ("linear_nhd", "vllm_classic")
-
-
-def vector_size(head_size: int, element_size: int) -> int:
-    """x of vllm_classic."""
-    return math.gcd(16 // element_size, head_size)
-
-
-def cache_shape(
-    layout: str, which: str, pages: int, page_size: int, heads: int, dim: int, size: int
-) -> tuple[int, ...]:
-    """Shape of K (`which` "k") or V ("v") with elements of `size` bytes."""
-    if layout == "linear_nhd":
-        return (pages, page_size, heads, dim)
-    if which == "v":
-        return (pages, heads, dim, page_size)
-    x = vector_size(dim, size)
-    return (pages, heads, dim // x, page_size, x)
+from harness.layout import VECTOR_BYTES, WHOLE_VECTORS, Part, by_meaning, dims_of, parts
 
 
 def allocate(
@@ -47,7 +25,8 @@ def allocate(
 ) -> torch.Tensor:
     """A cache of `shape` (see cache_shape) whose storage, gaps included, holds the bits `fill`: `stored` dtype.
 
-    `strided` puts gaps behind every page, slot and head, of other sizes for V than for K; rows stay 16-byte aligned.
+    `strided` puts gaps behind every page, slot and head (of `vectorized` behind pages and heads only, where kernels
+    take any stride), of other sizes for V than for K; rows stay 16-byte aligned.
     """
     whole = storage_shape(layout, which, shape, stored, strided)
     storage = bits_of(torch.empty(whole, dtype=stored.torch, device=device))
@@ -59,28 +38,49 @@ def storage_shape(
     layout: str, which: str, shape: tuple[int, ...], stored: ElementType, strided: bool
 ) -> tuple[int, ...]:
     """Shape of the compact storage that a cache of `shape` is cut from the beginning of."""
-    return _with_gaps(layout, which, shape, stored) if strided else shape
+    return tuple(n + gap for n, gap in zip(shape, _gaps(layout, which, stored), strict=True)) if strided else shape
 
 
-def by_slot(cache: torch.Tensor, layout: str) -> torch.Tensor:
-    """View [page, slot, head, d], or [page, slot, head, d / x, x] for K of vllm_classic."""
-    if layout == "linear_nhd":
-        return cache
-    return cache.permute(0, 3, 1, 2, 4) if cache.dim() == 5 else cache.permute(0, 3, 1, 2)
+@dataclass(frozen=True)
+class Slots:
+    """A cache by token: `view` [page, *parts of the slot, head, *parts of the dim]."""
+
+    view: torch.Tensor
+    parts: tuple[Part, ...]  # of the slot; none where a page is one token
+
+    def index(self, page: torch.Tensor, slot: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What the tokens at `page`, `slot` [n] are in `view`."""
+        return (page, *(slot // part.step % part.size for part in self.parts))
+
+    def store(self, page: torch.Tensor, slot: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Put `tokens` [n, heads, dim] at `page`, `slot` [n]."""
+        inner = self.view.shape[1 + len(self.parts) :]
+        self.view[self.index(page, slot)] = tokens.reshape(len(tokens), *inner)
+
+    def load(self, page: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+        """The tokens at `page`, `slot` [n]: [n, heads, dim]"""
+        found = self.view[self.index(page, slot)]
+        return found.reshape(len(found), found.shape[1], -1)
 
 
-def as_stored(payload: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """`payload` [n, heads, d] shaped as [n, *rest] for writing to `slots` [page, slot, *rest] (see by_slot)."""
-    return payload.reshape(len(payload), *slots.shape[2:])
+def by_slot(cache: torch.Tensor, layout: str, which: str) -> Slots:
+    """K (`which` "k") or V ("v") by token, whatever its element type and strides."""
+    order, dims = by_meaning(layout, which, cache.shape), parts(layout, which, cache.shape)
+    return Slots(cache.permute(order), tuple(dims[i] for i in order if dims[i].of == "slot"))
 
 
-def _with_gaps(layout: str, which: str, shape: tuple[int, ...], stored: ElementType) -> tuple[int, ...]:
+def _gaps(layout: str, which: str, stored: ElementType) -> tuple[int, ...]:
+    """By how much each dimension is longer in storage: a gap behind every step of the dimension before it."""
     step = 1 if which == "k" else 2
-    row = step * (16 // stored.size)  # elements
-    if layout == "linear_nhd":
-        gaps: tuple[int, ...] = (0, step, 1, row)
-    elif which == "k":
-        gaps = (0, 1, 1, step, 0)
-    else:
-        gaps = (0, 1, 1, row)
-    return tuple(n + gap for n, gap in zip(shape, gaps, strict=True))
+    names = dims_of(layout, which)
+    behind_head = names.index("head") + 1
+
+    def gap(i: int) -> int:
+        name = names[i]
+        if i == 0 or name.endswith("%x") or (layout in WHOLE_VECTORS and i > behind_head):
+            return 0
+        if i == len(names) - 1:
+            return step * (VECTOR_BYTES // stored.size)
+        return step if name == "slot" or (layout in WHOLE_VECTORS and i == behind_head) else 1
+
+    return tuple(map(gap, range(len(names))))

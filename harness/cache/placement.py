@@ -1,4 +1,4 @@
-"""Placement: which physical pages each sequence gets, and the page table a kernel is handed.
+"""Placement: which physical pages each sequence gets.
 
 Invariant: no two sequences share a page except by a shared prefix, and what has a page twice in one sequence has the
 same tokens there; page 0 (the null page) is used by explicit placement
@@ -10,15 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from harness.case import Case
 from harness.errors import PlacementError
 from harness.problem import random
 from harness.problem.admission import pages_needed, placement_refusal, shared_prefix_len
 from harness.problem.boundary import cache_geometry
-
-_FAR = 1 << 30  # table padding `out_of_range`: times any stride beyond any pool
 
 
 @dataclass(frozen=True)
@@ -58,22 +54,6 @@ def place(case: Case) -> Placed:
         pages.append((prefix if context > 0 else ()) + tuple(ids[start : start + count]))
         start += count
     return Placed(tuple(pages), 1 + len(ids) + spare)
-
-
-def page_table(placed: Placed, padding: str, device: torch.device | str) -> torch.Tensor:
-    """block_table int32 [num_seqs, max_pages].
-
-    `padding`: poison_page pads with a page of poison, two columns beyond the longest row; out_of_range with ids far
-    outside the pool, above and below; exact ends each row with the longest one and pads the shorter with the page of
-    poison.
-    """
-    longest = max((len(pages) for pages in placed.pages), default=0)
-    width = max(longest, 1) if padding == "exact" else longest + 2
-    rows = []
-    for pages in placed.pages:
-        far = [_FAR + column if column % 2 else -_FAR - column for column in range(len(pages), width)]
-        rows.append([*pages, *(far if padding == "out_of_range" else [placed.dead] * (width - len(pages)))])
-    return torch.tensor(rows, dtype=torch.int32, device=device).view(len(rows), width)
 
 
 def _order(case: Case, count: int, spare: int) -> Sequence[int]:

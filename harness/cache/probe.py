@@ -61,8 +61,7 @@ class Reach:
 
     def moved(self, live: Live, fault: AddressFault) -> torch.Tensor:
         """int64 [n, heads * dim]: those that `fault` touches instead."""
-        inner = live.slot[:, None] * self.where.slot + self.where.inner
-        return fault.moved(live.page[:, None], inner, self.at) + self.where.origin
+        return fault.moved(live.page[:, None], self.where.in_page(live.slot), self.at) + self.where.origin
 
 
 def strides_of(shape: tuple[int, ...], page_stride: int) -> tuple[int, ...]:
@@ -76,7 +75,7 @@ def strides_of(shape: tuple[int, ...], page_stride: int) -> tuple[int, ...]:
 def reserve(
     problem: Problem, which: str, shape: tuple[int, ...], stored: ElementType, at: Geometry, live: Live, fill: int
 ) -> tuple[torch.Tensor, Pool]:
-    """A cache tensor of `shape` ([pages, ...], see layouts.cache_shape) that reaches the boundary, and its pool, filled
+    """A cache tensor of `shape` ([pages, ...], see harness.layout) that reaches the boundary, and its pool, filled
     with the byte `fill`; memory of their own have the pages of `at` in use and what each fault reads instead of `live`.
     Raises MemoryError.
     """

@@ -1,7 +1,7 @@
 """The cache proves itself: every slot of every page is read back before a kernel sees it.
 
-Invariant: nothing here uses the builder's views. Addresses follow from the layout's formula, the strides of the tensors
-and the block table, in int64, as a kernel computes them. What is verified: the cache holds exactly the tokens that the
+Invariant: nothing here uses the builder's views. Addresses follow from the layout's table, the strides of the tensors
+and the page table, in int64, as a kernel computes them. What is verified: the cache holds exactly the tokens that the
 content class demands, bit for bit; every other element of the storage, stride gaps included, is poison; every page has
 the descales its payload was made with; new tokens are handed over where, and only where, the contract takes them.
 """
@@ -18,6 +18,7 @@ from harness.cache.address import Address, address
 from harness.cache.build import KVCache
 from harness.cache.content import Content, is_decode, phase
 from harness.cache.diagnose import describe_slot, describe_value
+from harness.cache.page_table import page_ids, table_name
 from harness.cache.poison import POISON_BITS, tail_bits
 from harness.cache.pool import POISON_BYTE, Pool
 from harness.cache.probe import storage_bits
@@ -169,17 +170,18 @@ class _Slots:
 
 
 def _slots_in_use(problem: Problem, cache: KVCache, content: Content, count: int) -> list[_Slots]:
-    """Every slot that the block table gives a sequence, at most `count` at a time."""
+    """Every slot that the page table gives a sequence, at most `count` at a time."""
     rows, device, page_size = problem.case.rows, cache.k.device, problem.case.page_size
     parts = []
     for seq, (query_len, context_len) in enumerate(zip(rows.query_lens, rows.context_lens, strict=True)):
         seq_len = max(query_len + context_len, 0)
         pos = torch.arange(-(-seq_len // page_size) * page_size, device=device)
-        page = cache.block_table[seq, pos // page_size]
-        if len(page) and not bool(((page >= 0) & (page < cache.num_pages)).all()):
-            raise SetupBug(
-                "block_table", f"page ids in [0, {cache.num_pages}) for sequence {seq}", str(sorted(set(page.tolist())))
-            )
+        needed = len(pos) // page_size
+        ids = page_ids(cache, seq, needed)
+        if len(ids) < needed or not bool(((ids >= 0) & (ids < cache.num_pages)).all()):
+            expected = f"{needed} page ids in [0, {cache.num_pages}) for sequence {seq}"
+            raise SetupBug(table_name(cache), expected, str(sorted(set(ids.tolist()))))
+        page = ids[pos // page_size]
         demanded = content.cached_len(query_len, context_len)
         key = torch.where(pos < demanded, problem.key_start[seq] + pos, -1)
         if problem.case.placement.repeats:

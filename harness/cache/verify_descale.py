@@ -1,4 +1,4 @@
-"""Descales by page prove themselves: every one is read back through the block table before a kernel sees it.
+"""Descales by page prove themselves: every one is read back through the page table before a kernel sees it.
 
 Invariant: nothing here uses the builder's views. A page in use has the descales its payload was made with, of each KV
 head, K before V; every other float of the storage, stride gaps included, is NaN; and where descales are per page,
@@ -12,6 +12,7 @@ import math
 import torch
 
 from harness.cache.build import KVCache
+from harness.cache.page_table import page_ids
 from harness.errors import SetupBug
 from harness.problem.problem import Problem
 
@@ -33,7 +34,7 @@ def verify_block_descale(problem: Problem, cache: KVCache) -> None:
     logical = 0
     for seq, seq_len in enumerate(problem.case.rows.seq_lens):
         columns = -(-max(seq_len, 0) // page_size)
-        page = cache.block_table[seq, :columns].to(torch.int64)  # verified to lie in the pool
+        page = page_ids(cache, seq, columns).to(torch.int64)  # verified to lie in the pool
         offsets = page[:, None, None] * got.stride(0) + int(got.storage_offset()) + inner  # [columns, heads, 2]
         untouched[offsets] = False
         wrong = (flat[offsets] != want[logical : logical + columns]).nonzero()

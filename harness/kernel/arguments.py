@@ -19,12 +19,10 @@ class LaunchArguments:
     q: torch.Tensor  # [num_tokens, num_q_heads, head_size]
     k: torch.Tensor | None  # [num_tokens, num_kv_heads, head_size] new tokens; None where the contract takes none
     v: torch.Tensor | None  # [num_tokens, num_kv_heads, head_size_v]; rows of decode sequences are poison (by_phase)
-    k_cache: (
-        torch.Tensor
-    )  # linear_nhd [pages, page_size, kv_heads, d]; vllm_classic [pages, kv_heads, d/x, page_size, x]
-    v_cache: torch.Tensor  # linear_nhd [pages, page_size, kv_heads, dv]; vllm_classic [pages, kv_heads, dv, page_size]
+    k_cache: torch.Tensor  # in the dimensions that harness.layout names for `layout`, e.g. [pages, page_size, heads, d]
+    v_cache: torch.Tensor
     layout: str
-    block_table: torch.Tensor  # [num_seqs, max_pages] int32
+    block_table: torch.Tensor | None  # [num_seqs, max_pages] int32; None where kv_page_indices is given
     query_start_loc: torch.Tensor  # [num_seqs + 1] int32
     seq_lens: torch.Tensor  # [num_seqs] int32
     max_query_len: int
@@ -44,3 +42,6 @@ class LaunchArguments:
         torch.Tensor | None
     )  # [num_tokens, num_q_heads] float32, natural log, sinks included; -inf where no key is seen
     kv_block_descale: torch.Tensor | None = None  # [pages, kv_heads, 2] float32, of K then V; NaN for unused pages
+    kv_indptr: torch.Tensor | None = None  # [num_seqs + 1] int32: where the pages of each sequence begin, in pages
+    kv_page_indices: torch.Tensor | None = None  # [total pages, then padding] int32
+    kv_last_page_len: torch.Tensor | None = None  # [num_seqs] int32: tokens in the last page; 0 for no page

@@ -7,16 +7,21 @@ of the cache is checked separately, slot by slot (harness.cache.verify).
 from __future__ import annotations
 
 import math
+from itertools import accumulate
 
 import torch
 
+from harness.cache.page_table import page_ids, table_name
 from harness.case import Case
 from harness.dtypes import element_type
 from harness.errors import SetupBug
 from harness.kernel.arguments import LaunchArguments
 from harness.kernel.contract import Contract
+from harness.layout import cache_shape
 
 _CUMSUM = "torch.cumsum of an int32 tensor returns int64: cast after it"
+_TABLES = {"block_table": ("block_table",), "kv_indices": ("kv_indptr", "kv_page_indices", "kv_last_page_len")}
+_PLACES = {"block_table": "column", "kv_page_indices": "entry"}
 _LONG = "torch.long tables and lengths are read as pairs of int32 by kernels that do not check"
 
 
@@ -31,13 +36,24 @@ def check_arguments(contract: Contract, case: Case, args: LaunchArguments) -> No
 
 
 def _check_index_tensors(contract: Contract, case: Case, args: LaunchArguments) -> None:
-    shapes = {
-        "block_table": (case.rows.num_seqs, None),
-        "seq_lens": (case.rows.num_seqs,),
-        "query_start_loc": (case.rows.num_seqs + 1,),
+    num_seqs = case.rows.num_seqs
+    shapes: dict[str, tuple[int | None, ...]] = {
+        "block_table": (num_seqs, None),
+        "kv_indptr": (num_seqs + 1,),
+        "kv_page_indices": (None,),
+        "kv_last_page_len": (num_seqs,),
+        "seq_lens": (num_seqs,),
+        "query_start_loc": (num_seqs + 1,),
     }
+    foreign = {name for form, names in _TABLES.items() if form != case.page_table for name in names}
     for name, shape in shapes.items():
         tensor = getattr(args, name)
+        if (tensor is None) != (name in foreign):
+            words = {True: "None", False: "a tensor"}
+            expected = f"{words[name in foreign]}, as page_table is {case.page_table}"
+            raise SetupBug(name, expected, words[tensor is None])
+        if tensor is None:
+            continue
         expected = f"{contract.index_dtype} (the contract of {contract.name})"
         if tensor.dtype != getattr(torch, contract.index_dtype):
             raise SetupBug(name, expected, _name(tensor.dtype), _CUMSUM if name == "query_start_loc" else _LONG)
@@ -51,8 +67,8 @@ def _check_tensors(contract: Contract, case: Case, args: LaunchArguments) -> Non
     wanted: list[tuple[str, torch.Tensor | None, torch.dtype, tuple[int | None, ...]]] = [
         ("q", args.q, dtype, (tokens, case.num_q_heads, case.head_size)),
         ("out", args.out, out_dtype, (tokens, case.num_q_heads, case.value_size)),
-        ("k_cache", args.k_cache, stored, _key_shape(case, args)),
-        ("v_cache", args.v_cache, stored, _value_shape(case, args)),
+        ("k_cache", args.k_cache, stored, _cache_shape(case, "k", None)),
+        ("v_cache", args.v_cache, stored, _cache_shape(case, "v", args.k_cache.shape[0])),
     ]
     if contract.content.takes_new_tokens:
         wanted += [
@@ -77,50 +93,47 @@ def _check_tensors(contract: Contract, case: Case, args: LaunchArguments) -> Non
         _check_shape(name, tensor, shape)
 
 
-def _key_shape(case: Case, args: LaunchArguments) -> tuple[int | None, ...]:
-    if case.layout == "linear_nhd":
-        return (None, case.page_size, case.num_kv_heads, case.head_size)
-    vector = args.k_cache.shape[-1]
-    if case.head_size % vector or vector * args.k_cache.element_size() > 16:
-        raise SetupBug("k_cache", "vectors of at most 16 bytes that divide the head size", f"x = {vector}")
-    return (None, case.num_kv_heads, case.head_size // vector, case.page_size, vector)
-
-
-def _value_shape(case: Case, args: LaunchArguments) -> tuple[int | None, ...]:
-    if case.layout == "linear_nhd":
-        return (args.k_cache.shape[0], case.page_size, case.num_kv_heads, case.value_size)
-    return (args.k_cache.shape[0], case.num_kv_heads, case.value_size, case.page_size)
+def _cache_shape(case: Case, which: str, pages: int | None) -> tuple[int | None, ...]:
+    dim, size = case.head_size if which == "k" else case.value_size, element_type(case.stored_dtype).size
+    return (pages, *cache_shape(case.layout, which, 1, case.page_size, case.num_kv_heads, dim, size)[1:])
 
 
 def _check_lengths(case: Case, args: LaunchArguments) -> None:
     starts = [0]
     for query_len in case.rows.query_lens:
         starts.append(starts[-1] + query_len)
-    for name, expected in (("query_start_loc", starts), ("seq_lens", list(case.rows.seq_lens))):
-        got = getattr(args, name).tolist()
-        if got != expected:
-            at = next(i for i, (g, e) in enumerate(zip(got, expected, strict=True)) if g != e)
-            raise SetupBug(name, f"{expected[at]} at [{at}]", str(got[at]))
+    _check_entries("query_start_loc", args.query_start_loc, starts)
+    _check_entries("seq_lens", args.seq_lens, list(case.rows.seq_lens))
     for name, values in (("max_query_len", case.rows.query_lens), ("max_seq_len", case.rows.seq_lens)):
         if getattr(args, name) < max(values):
             raise SetupBug(name, f"at least {max(values)}, the longest of the batch", str(getattr(args, name)))
 
 
+def _check_entries(name: str, tensor: torch.Tensor, expected: list[int]) -> None:
+    """`tensor` [n] holds the n numbers `expected`."""
+    got = tensor.tolist()
+    if got != expected:
+        at = next(i for i, (g, e) in enumerate(zip(got, expected, strict=True)) if g != e)
+        raise SetupBug(name, f"{expected[at]} at [{at}]", str(got[at]))
+
+
 def _check_table(case: Case, args: LaunchArguments) -> None:
-    """Every page id that a live token needs lies inside the pool."""
-    num_pages = args.k_cache.shape[0]
-    table = args.block_table.tolist()
-    for seq, seq_len in enumerate(case.rows.seq_lens):
-        needed = -(-max(seq_len, 0) // case.page_size)
-        if needed > len(table[seq]):
-            raise SetupBug(
-                "block_table", f"{needed} pages for sequence {seq} ({seq_len} tokens)", f"{len(table[seq])} columns"
-            )
-        for column, page in enumerate(table[seq][:needed]):
+    """Every page id that a live token needs lies inside the pool; of kv_indices every sequence has its own entries."""
+    num_pages, name = args.k_cache.shape[0], table_name(args)
+    needed = [-(-max(seq_len, 0) // case.page_size) for seq_len in case.rows.seq_lens]
+    if args.kv_indptr is not None and args.kv_last_page_len is not None:
+        last = [(n - 1) % case.page_size + 1 if n > 0 else 0 for n in case.rows.seq_lens]
+        _check_entries("kv_indptr", args.kv_indptr, [*accumulate(needed, initial=0)])
+        _check_entries("kv_last_page_len", args.kv_last_page_len, last)
+    for seq, count in enumerate(needed):
+        ids = page_ids(args, seq, count).tolist()
+        if count > len(ids):
+            of = f"sequence {seq} ({case.rows.seq_lens[seq]} tokens)"
+            raise SetupBug(name, f"{count} pages for {of}", f"{len(ids)}")
+        for entry, page in enumerate(ids):
             if not 0 <= page < num_pages:
-                raise SetupBug(
-                    "block_table", f"page ids in [0, {num_pages}) for sequence {seq}", f"{page} at column {column}"
-                )
+                expected = f"page ids in [0, {num_pages}) for sequence {seq}"
+                raise SetupBug(name, expected, f"{page} at {_PLACES[name]} {entry}")
 
 
 def _check_scales(case: Case, args: LaunchArguments) -> None:
@@ -152,7 +165,7 @@ def _check_block_descale(case: Case, args: LaunchArguments) -> None:
         raise SetupBug(name, f"float32 on {args.q.device}", f"{_name(block.dtype)} on {block.device}")
     _check_shape(name, block, (args.k_cache.shape[0], case.num_kv_heads, 2))
     for seq, seq_len in enumerate(case.rows.seq_lens):
-        pages = args.block_table[seq, : -(-max(seq_len, 0) // case.page_size)].long()
+        pages = page_ids(args, seq, -(-max(seq_len, 0) // case.page_size)).long()
         dead = ~((block[pages] > 0) & block[pages].isfinite())  # [pages of the sequence, num_kv_heads, 2]
         if bool(dead.any()):
             column, head, kind = dead.nonzero()[0].tolist()

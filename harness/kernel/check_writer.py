@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 import torch
 
-from harness.cache.layouts import cache_shape
 from harness.cache.slots import MORE, NO_SLOT, NewToken
 from harness.case import Case
 from harness.dtypes import element_type
 from harness.errors import SetupBug
 from harness.kernel.writer import WriterArguments, WriterContract
+from harness.layout import cache_shape
 
 _INT32 = "slots are the one index that is int64: a pool may have more than 2^31 of them"
 

@@ -17,6 +17,7 @@ from harness.kernel.clauses import first_clause, wrong_words
 from harness.kernel.numerics import NumericsProfile
 from harness.kernel.over_read import OverRead
 from harness.kernel.writer import WriterContract
+from harness.matrix.axes import TWIN_AXES
 
 FEATURES: dict[str, str] = {
     "sliding_window": "a sliding window",
@@ -54,6 +55,7 @@ class Contract:
     index_dtype: str = "int32"
     tail: str = "nan"  # nan: loads behind the last token are masked | loud: masked after the product, so finite only
     window_pages: str = "live"  # live: pages that left the window are still there | dead: they must not be touched
+    arithmetic_by: frozenset[str] = frozenset()  # of TWIN_AXES: another value sums in another order, with other bits
     over_reads: tuple[OverRead, ...] = ()  # known ones: provided, and nothing else is
     returns_lse: bool = True
     launches: tuple[str, ...] = ()  # names of the device kernels it may launch; () where they cannot be observed
@@ -74,7 +76,7 @@ class Contract:
         if not isinstance(content, Content) or content is Content.WRITTEN:
             known = (one for one in Content if one is not Content.WRITTEN)
             yield f"content is {', '.join(map(str, known))}, not {content!r}"
-        yield from wrong_words(self, {"features": frozenset(FEATURES)})
+        yield from wrong_words(self, {"features": frozenset(FEATURES), "arithmetic_by": frozenset(TWIN_AXES)})
         if self.window_pages not in ("live", "dead"):
             yield f"window_pages is live or dead, not {self.window_pages!r}"
 

@@ -32,11 +32,12 @@ if TYPE_CHECKING:
     from harness.interpreter.trace import Trace  # needs numpy, which comes with triton
 
 _INPUTS = (
-    "q", "k", "v", "k_cache", "v_cache", "block_table", "query_start_loc", "seq_lens",
+    "q", "k", "v", "k_cache", "v_cache", "block_table", "kv_indptr", "kv_page_indices", "kv_last_page_len",
+    "query_start_loc", "seq_lens",
     "k_scale", "v_scale", "kv_block_descale", "alibi_slopes", "sinks",
 )  # fmt: skip
 _WRITER_INPUTS = ("k", "v", "slot_mapping", "k_scale", "v_scale", "kv_block_descale")
-_TRACED = ("k_cache", "v_cache", "k", "v", "kv_block_descale", "block_table")
+_TRACED = ("k_cache", "v_cache", "k", "v", "kv_block_descale", "block_table", "kv_page_indices")
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,8 @@ def launch(
         elif device.type == "cpu":
             reaching = pools if case.boundary is not None else {}
             around = {f"surroundings of {name}": pool.bytes for name, pool in reaching.items()}
-            # of K and V the room lies inside the cache
-            room = {} if isinstance(contract, WriterContract) else {"block_table": contract.over_read("block_table")}
+            tables = ("block_table", "kv_page_indices")  # room behind tokens of K and V lies inside the cache
+            room = {} if isinstance(contract, WriterContract) else {name: contract.over_read(name) for name in tables}
             trace = _new_trace() if trace_accesses else None
             ran, broken = _interpreted(launcher, args, {**inputs, **around}, outputs, program_order_seed, room, trace)
             violations += broken

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 OVER_READABLE = {
     "block_table": "entries behind the last page of a row",
+    "kv_page_indices": "entries behind the pages of a sequence",
     "k_cache": "slots behind the last cached token of a row",
     "v_cache": "slots behind the last cached token of a row",
 }

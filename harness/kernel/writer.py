@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from harness.case import Case
 from harness.kernel.clauses import first_clause, wrong_words
+from harness.layout import LAYOUTS
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +36,7 @@ class WriterContract:
     dtypes: frozenset[str] = frozenset({"fp32", "fp16", "bf16"})
     kv_dtypes: frozenset[str] = frozenset({"auto", "fp8_e4m3", "fp8_e5m2"})
     descales: frozenset[str] = frozenset({"per_tensor", "one"})  # quiet, loud: it reads kv_block_descale
-    layouts: frozenset[str] = frozenset({"linear_nhd", "vllm_classic"})
+    layouts: frozenset[str] = frozenset(LAYOUTS)
     page_sizes: frozenset[int] | None = None  # None: any
     head_sizes: frozenset[int] | None = None  # None: any
     slot_dtype: str = "int64"

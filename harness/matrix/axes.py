@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from yaml import MappingNode, Node, SequenceNode
 
 from harness.case import Case, Placement
+from harness.layout import LAYOUTS
 from harness.matrix.expression import Kind
 from harness.matrix.rows import SHARED_ROWS, RowMix, check_name, parse_mix
 from harness.matrix.source import (
@@ -36,6 +37,7 @@ DATA_LAWS = (
     "needle_edges", "rising", "falling", "large", "biased", "bar_codes", "tiny",
 )  # fmt: skip
 DESCALES = ("per_tensor", "quiet", "loud", "one")
+TWIN_AXES = ("layout", "page_table", "table_padding", "strides")  # they move bytes, and nothing else
 POOLS = ("auto", "dense", "aliased")
 PLACEMENTS = ("shuffled", "sequential", "reversed", "shared_prefix")
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]*)")
@@ -275,10 +277,10 @@ AXES: Mapping[str, Axis] = {
         _axis("descales", Choice(DESCALES), "descales_", "how K and V descales of an fp8 cache are drawn"),
         _axis("sliding_window", Number(1, optional=True), "sw", "keys a query sees, itself included; none: all"),
         _axis("page_size", Number(1), "p", "tokens per KV page"),
-        _axis("layout", Choice(("linear_nhd", "vllm_classic")), "", "how (page, slot, head, dim) maps to storage"),
+        _axis("layout", Choice(tuple(LAYOUTS)), "", "how (page, slot, head, dim) maps to storage"),
         _axis("strides", Choice(("compact", "cache", "all")), "strided_", "which tensors are non-contiguous views"),
-        _axis("page_table", Choice(("block_table",)), "", "form of the page table"),
-        _axis("table_padding", Choice(("poison_page", "out_of_range", "exact")), "pad_", "page ids past a row's end"),
+        _axis("page_table", Choice(("block_table", "kv_indices")), "", "2-D page table or a list of pages"),
+        _axis("table_padding", Choice(("poison_page", "out_of_range", "exact")), "pad_", "page ids past the end"),
         _axis("tail", Choice(("nan", "loud")), "tail_", "what lies behind the last token of a live page"),
         _axis("causal", Flag(), "noncausal", "whether a query sees keys up to its own position only"),
         _axis("logits_soft_cap", Number(0, whole=False, optional=True, exclusive=True), "cap", "cap * tanh(s / cap)"),

@@ -18,6 +18,7 @@ from harness.matrix.expand import (
     BOUNDARY_AXES,
     DESCALE_AXES,
     LAW_AXES,
+    LAYOUT_AXES,
     PLACEMENT_AXES,
     SERVING_AXES,
     TUPLES,
@@ -30,7 +31,13 @@ from harness.matrix.expand import (
 from harness.matrix.matrix import Matrix, Tier, Values
 from harness.matrix.rows import ROWS_AXES
 from harness.matrix.source import Mistake, Span
-from harness.problem.admission import descales_refusal, law_refusal, placement_refusal, serving_refusal
+from harness.problem.admission import (
+    descales_refusal,
+    law_refusal,
+    layout_refusal,
+    placement_refusal,
+    serving_refusal,
+)
 from harness.problem.boundary import boundary_refusal
 
 MAX_COMBINATIONS = 250_000  # of a product, or tuples of a cover
@@ -150,6 +157,7 @@ def _refused(matrix: Matrix, values: Values, where: str, span: Span, spans: Span
     for axis, axes, refusal in (
         ("data", LAW_AXES, law_refusal),
         ("descales", DESCALE_AXES, descales_refusal),
+        ("layout", LAYOUT_AXES, layout_refusal),
         ("placement", PLACEMENT_AXES, placement_refusal),
         ("num_pages", PLACEMENT_AXES, placement_refusal),
         ("boundary", BOUNDARY_AXES, boundary_refusal),

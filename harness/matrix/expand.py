@@ -1,7 +1,7 @@
 """From a Matrix to cases: products, covers and lists, under the constraints that are written and those implied.
 
 Implied constraints: gqa_ratio divides num_q_heads; a row mix has a meaning for the page size and window at hand; the
-data law, the descales and the placement can keep their promise (harness.problem.admission).
+data law, the descales, the layout and the placement can keep their promise (harness.problem.admission).
 Within products they leave combinations out, as written constraints do; a value that never meets them, or a list entry
 that does not, is a mistake.
 
@@ -24,17 +24,24 @@ from harness.matrix.expression import ExpressionError
 from harness.matrix.matrix import Matrix, Rule, Supported, Tier, Values
 from harness.matrix.rows import ROWS_AXES, RowMix
 from harness.matrix.source import MatrixError, Mistake
-from harness.problem.admission import descales_refusal, law_refusal, placement_refusal, serving_refusal
+from harness.problem.admission import (
+    descales_refusal,
+    law_refusal,
+    layout_refusal,
+    placement_refusal,
+    serving_refusal,
+)
 from harness.problem.boundary import boundary_refusal
 
 _NO_ROWS = (1,), (16,)  # stands in where a batch is not known yet or does not matter
 _HEADS = frozenset({"num_q_heads", "gqa_ratio"})
 LAW_AXES = frozenset({"data", "logits_soft_cap", "alibi", "causal", "placement"})
 DESCALE_AXES = frozenset({"descales", "kv_dtype"})
+LAYOUT_AXES = frozenset({"layout", "page_size", "head_size", "dtype", "kv_dtype"})
 PLACEMENT_AXES = ROWS_AXES | {"placement", "num_pages", "steps"}
 BOUNDARY_AXES = ROWS_AXES | {
     "boundary", "boundary_target", "boundary_position", "placement", "num_pages", "strides", "dtype", "kv_dtype",
-    "num_q_heads", "gqa_ratio", "head_size", "head_size_v",
+    "num_q_heads", "gqa_ratio", "head_size", "head_size_v", "page_table",
 }  # fmt: skip
 SERVING_AXES = ROWS_AXES | {"writer", "steps", "boundary", "causal", "placement", "data", "num_pages", "pool"}
 Predicate = Callable[[Mapping[str, Any]], bool]
@@ -196,6 +203,7 @@ def constraints(name: str, rules: Iterable[Rule], values: Values) -> list[Constr
         Constraint(ROWS_AXES, rows_resolve, "rows have valid lengths"),
         Constraint(LAW_AXES, _admits(name, law_refusal), "the data law is possible"),
         Constraint(DESCALE_AXES, _admits(name, descales_refusal), "the descales are possible"),
+        Constraint(LAYOUT_AXES, _admits(name, layout_refusal), "the layout is possible"),
         Constraint(PLACEMENT_AXES, _admits(name, placement_refusal), "the placement is possible"),
     ]
     if "boundary" in values:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.matrix.axes import AXES, Number, Vocabulary
+from harness.matrix.axes import AXES, TWIN_AXES, Number, Vocabulary
 from harness.matrix.checking import check_tier
 from harness.matrix.conditions import read_expectations, read_rules
 from harness.matrix.matrix import FAULTS, NOISE_FLOORS, Matrix, Values
@@ -32,6 +32,7 @@ KEYS: Mapping[str, str] = {
     "margin": "how many tolerances a fault of must_see has to move some output by; 8 unless given",
     "legacy_tolerance": "{atol, rtol} of another test suite: attnreg audit measures with it, runs do not",
     "noise_floor": "report or fail: compare each case's error with that of its twin with one page per sequence",
+    "twins": "axes in which the twin of each case, with another value, must give the same bits",
     "tiers": "which cases run when",
     "expect": "known failures, each with a reason, a link and a date",
 }
@@ -90,7 +91,7 @@ class _Loader(Reader):
         must_see = tuple(self._must_see(entries))
         expectations = tuple(read_expectations(self, entries))
         margin, legacy_tolerance = self._margin(entries), self._legacy_tolerance(entries)
-        noise_floor = self._noise_floor(entries)
+        noise_floor, twins = self._noise_floor(entries), self._twins(entries)
         self.source.finish()
         matrix = Matrix(
             path,
@@ -105,6 +106,7 @@ class _Loader(Reader):
             self.spans,
             margin,
             legacy_tolerance,
+            twins,
             noise_floor,
         )
         noted: set[Span] = set()
@@ -165,6 +167,17 @@ class _Loader(Reader):
             if "margin" in entries:
                 margin = self.number(entries["margin"][1], "margin", Number(1, whole=False))
         return margin
+
+    def _twins(self, entries: Entries) -> tuple[str, ...]:
+        found: list[str] = []
+        with self.source.collect():
+            for node in items(entries["twins"][1], "twins") if "twins" in entries else ():
+                with self.source.collect():
+                    axis = one_of(text(node, "an axis"), TWIN_AXES, "axis of twins", span_of(node))
+                    if axis in found:
+                        raise Mistake(span_of(node), f"twins lists {axis} twice")
+                    found.append(axis)
+        return tuple(found)
 
     def _noise_floor(self, entries: Entries) -> str:
         found = Matrix.noise_floor

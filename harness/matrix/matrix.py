@@ -92,6 +92,7 @@ class Matrix:
     spans: Mapping[tuple[str, Any], Span]
     margin: float = 8.0  # tolerances by which the effect of a fault of must_see shows
     legacy_tolerance: tuple[float, float] | None = None  # atol, rtol of another suite; attnreg audit measures with it
+    twins: tuple[str, ...] = ()  # of TWIN_AXES: a case's twin with another value must leave the same bits
     noise_floor: str = "off"  # off, or one of NOISE_FLOORS: what an error elevated over that of a case's twin ends in
 
     @property

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 
-from harness.matrix.axes import ALIASES, AXES, Schema, axis_name
+from harness.matrix.axes import ALIASES, AXES, TWIN_AXES, Schema, axis_name
 from harness.matrix.conditions import EXPECT_KEYS
 from harness.matrix.expect import EXPECTABLE
 from harness.matrix.loading import KEYS, LEGACY_KEYS, REQUIRED_KEYS
@@ -35,6 +35,7 @@ def build() -> Schema:
         "margin": {"type": "number", "minimum": 1},
         "legacy_tolerance": _object({key: {"type": "number", "minimum": 0} for key in LEGACY_KEYS}, list(LEGACY_KEYS)),
         "noise_floor": {"enum": list(NOISE_FLOORS)},
+        "twins": _many({"enum": list(TWIN_AXES)}),
         "tiers": _object({tier: {"$ref": "#/definitions/tier"} for tier in TIERS}, []),
         "expect": _many({"$ref": "#/definitions/expectation"}),
     }

@@ -1,7 +1,7 @@
-"""Which data law, which descales and which placement fit which case, decided from the axes alone, without torch.
+"""Which data law, descales, layout and placement fit which case, decided from the axes alone, without torch.
 
-Invariant: whatever `law_refusal`, `descales_refusal` and `placement_refusal` let through either builds, or fails later
-for a reason that only the drawn data show (a needle beyond the range of float16, two keys stored alike).
+Invariant: whatever the functions `..._refusal` let through either builds, or fails later for a reason that only the
+drawn data show (a needle beyond the range of float16, two keys stored alike).
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 
 from harness.case import Case
+from harness.dtypes import element_type
+from harness.layout import VECTOR_BYTES, WHOLE_VECTORS
 from harness.problem.boundary import boundary_refusal
 
 AUTO = "auto"  # stands for a law that is chosen for each case, when it runs
@@ -75,6 +77,18 @@ def descales_refusal(case: Case) -> str | None:
         return f"unknown descales '{case.descales}'; known: {', '.join(DESCALES)}"
     if case.kv_dtype == "auto" and case.descales != "per_tensor":
         return f"descales {case.descales}: a cache of kv_dtype auto has none"
+    return None
+
+
+def layout_refusal(case: Case) -> str | None:
+    """Why a cache of `case` cannot have its layout, in one sentence; None where it can."""
+    if case.layout == "linear_3d" and case.page_size != 1:
+        return f"linear_3d: a page is one token, not {case.page_size}"
+    if case.layout in WHOLE_VECTORS:
+        x = VECTOR_BYTES // element_type(case.stored_dtype).size
+        for what, length in (("page_size", case.page_size), ("head_size", case.head_size)):
+            if length % x:
+                return f"{case.layout}: {what} {length} is no multiple of {x}, a vector of {case.stored_dtype}"
     return None
 
 

@@ -19,6 +19,7 @@ from harness.problem.admission import (
     descales_refusal,
     first_holders,
     law_refusal,
+    layout_refusal,
     placement_refusal,
     shared_prefix_len,
 )
@@ -68,11 +69,11 @@ def build_problem(case: Case, device: torch.device | str) -> Problem:
     """Draw the inputs of `case` on `device`.
 
     Raises LawError where the data law cannot keep its promise or the descales do not fit the cache, PlacementError
-    where the placement does not fit.
+    where the placement or the layout does not fit.
     """
     if reason := law_refusal(case) or descales_refusal(case):
         raise LawError(reason)
-    if reason := placement_refusal(case):
+    if reason := layout_refusal(case) or placement_refusal(case):
         raise PlacementError(reason)
     slopes = alibi_slopes(case.num_q_heads) if case.alibi else None
     softmax_scale = case.scale_factor / math.sqrt(case.head_size)

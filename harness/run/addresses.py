@@ -150,6 +150,7 @@ def _of_cache(setup: Setup, which: str, low_bits: int, live: Live, fault: Addres
 
 def _of_table(setup: Setup, at: Addressing, entries: Entries, live: Live, fault: AddressFault) -> Iterator[Misread]:
     cache, layout, table = setup.cache, setup.problem.case.layout, setup.cache.block_table
+    assert table is not None  # the only form that such a probe has
     right, moved = entries.right(at), entries.moved(at, fault)  # [n, 1]
     wrong = (right != moved).nonzero()[:, 0]
     ids = storage_bits(table)[moved + table.storage_offset()][:, 0].to(torch.int64)

@@ -60,7 +60,35 @@ def _descales_of_one(case: Case) -> Case:
 
 
 def _int64_indices(args: LaunchArguments) -> LaunchArguments:
-    return replace(args, block_table=args.block_table.long(), seq_lens=args.seq_lens.long())
+    names = ("block_table", "kv_indptr", "kv_page_indices", "kv_last_page_len", "seq_lens")
+    given = {name: tensor for name in names if (tensor := getattr(args, name)) is not None}
+    return replace(args, **{name: tensor.long() for name, tensor in given.items()})
+
+
+def _stale_indptr(args: LaunchArguments) -> LaunchArguments:
+    assert args.kv_indptr is not None
+    return replace(args, kv_indptr=(args.kv_indptr - 1).clamp(min=0))
+
+
+def _last_slots(args: LaunchArguments) -> LaunchArguments:
+    assert args.kv_last_page_len is not None
+    return replace(args, kv_last_page_len=(args.kv_last_page_len - 1).clamp(min=0))
+
+
+def _indices_of_others(args: LaunchArguments) -> LaunchArguments:
+    assert args.kv_indptr is not None
+    assert args.kv_page_indices is not None
+    start, end = args.kv_indptr[1:3].tolist()  # the pages of the second sequence first, then those of the first
+    pages = args.kv_page_indices
+    return replace(args, kv_page_indices=torch.cat([pages[start:end], pages[:start], pages[end:]]))
+
+
+def _lists_pages(case: Case, content: Content) -> bool:
+    return case.page_table == "kv_indices" and max(case.rows.seq_lens) > 0
+
+
+def _lists_pages_of_two(case: Case, content: Content) -> bool:
+    return case.page_table == "kv_indices" and case.rows.num_seqs > 1 and min(case.rows.seq_lens[:2]) > 0
 
 
 def _promoted_by_cumsum(args: LaunchArguments) -> LaunchArguments:
@@ -100,8 +128,14 @@ def _skipped(slots: torch.Tensor) -> torch.Tensor:
     return slots
 
 
+def _steps_with_table(case: Case, content: Content) -> bool:
+    return case.steps > 1 and case.page_table == "block_table"
+
+
 def _stale_table(args: LaunchArguments, previous: LaunchArguments) -> LaunchArguments | None:
     """The page table of the step before, where it fits; None where a row with all its pages needs nothing newer."""
+    assert args.block_table is not None
+    assert previous.block_table is not None
     table, old = args.block_table.clone(), previous.block_table
     rows, columns = min(len(table), len(old)), min(table.shape[1], old.shape[1])
     table[:rows, :columns] = old[:rows, :columns]
@@ -110,6 +144,7 @@ def _stale_table(args: LaunchArguments, previous: LaunchArguments) -> LaunchArgu
 
 def _reused_page(args: LaunchArguments, previous: LaunchArguments) -> LaunchArguments | None:
     """The first sequence still names a page that the last one has got."""
+    assert args.block_table is not None
     if len(args.block_table) == 1:
         return None
     table = args.block_table.clone()
@@ -119,6 +154,7 @@ def _reused_page(args: LaunchArguments, previous: LaunchArguments) -> LaunchArgu
 
 def _if_live(args: LaunchArguments, table: torch.Tensor) -> LaunchArguments | None:
     """`args` with `table` [num_seqs, max_pages], where the first page of a sequence differs; else None."""
+    assert args.block_table is not None
     return None if torch.equal(table[:, 0], args.block_table[:, 0]) else replace(args, block_table=table)
 
 
@@ -141,10 +177,31 @@ PLANTS: dict[str, Plant] = {
         ),
         Plant(
             "index-int64",
-            "block_table and seq_lens are torch.long",
+            "the page table and seq_lens are torch.long",
             "TEST_BUG",
             applies=lambda case, content: True,
             arguments=_int64_indices,
+        ),
+        Plant(
+            "indptr-stale",
+            "kv_indptr counts a page less than each sequence has by now",
+            "TEST_BUG",
+            applies=_lists_pages,
+            arguments=_stale_indptr,
+        ),
+        Plant(
+            "last-page-len",
+            "kv_last_page_len holds the last slot in use, one less than the tokens of the last page",
+            "TEST_BUG",
+            applies=_lists_pages,
+            arguments=_last_slots,
+        ),
+        Plant(
+            "indices-exchanged",
+            "kv_page_indices has the pages of the second sequence first, then those of the first",
+            "TEST_BUG",
+            applies=_lists_pages_of_two,
+            arguments=_indices_of_others,
         ),
         Plant(
             "cumsum-int64",
@@ -208,14 +265,14 @@ PLANTS: dict[str, Plant] = {
             "table-stale",
             "one step of an engine gets the page table of the step before",
             "TEST_BUG",
-            applies=lambda case, content: case.steps > 1,
+            applies=_steps_with_table,
             step_arguments=_stale_table,
         ),
         Plant(
             "table-reused",
             "one step of an engine reads a page for a request that another has got meanwhile",
             "TEST_BUG",
-            applies=lambda case, content: case.steps > 1,
+            applies=_steps_with_table,
             step_arguments=_reused_page,
         ),
     )

@@ -39,6 +39,7 @@ from harness.oracle.tolerance import Tolerance, tolerance
 from harness.problem.admission import AUTO, NEEDLES
 from harness.problem.problem import build_problem
 from harness.run.addresses import memory_of, tell_addresses, unseen_addresses
+from harness.run.agreement import with_agreement
 from harness.run.device import context_error, release_memory
 from harness.run.judge_access import judge_launch, untraceable
 from harness.run.judge_gains import with_gains
@@ -70,6 +71,7 @@ class Options:
     access_trace: bool = True  # of interpreted kernels; compiled ones cannot be traced
     buffer_map: Path | None = None  # where the addresses of the buffers are written before the launch
     twice: bool = False  # launch once more in another order of programs, and compare bits
+    twins: tuple[str, ...] = ()  # axes in which a twin of the case must leave the same bits
     noise_floor: str = "off"  # off | report | fail: whether errors are compared with those of a case's twin
 
 
@@ -223,6 +225,9 @@ def _launched(contract: Contract, setup: Setup, options: Options, watch: Stopwat
             with watch.phase("again"):
                 seed = case.geometry_seed + 1
                 verdict = with_second_launch(verdict, contract, setup, options.plant, launcher, seed=seed)
+        if options.twins and verdict.outcome is Outcome.PASS:
+            with watch.phase("twins"):
+                verdict = with_agreement(verdict, contract, setup, launcher, options.twins)
         if options.noise_floor == "off" or verdict.outcome is not Outcome.PASS:
             return verdict
         with watch.phase("twin"):

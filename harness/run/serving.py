@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from harness.cache.build import KVCache
+from harness.cache.page_table import page_ids, table_name
 from harness.cache.quantise import bits_of
 from harness.case import Case
 from harness.errors import SetupBug
@@ -160,7 +161,7 @@ def at_step(verdict: Verdict, schedule: Schedule, step: Step, setup: Setup) -> V
     named = [] if stale else [schedule.history(page, step.number) for page in _pages_named(explanation)[:MAX_TOLD]]
     if stale or named:
         explanation = with_row(explanation, "pages", *(stale or named))
-    reason = "; ".join((f"{place}: {verdict.reason}", *stale[:2]))
+    reason = f"{place}: " + "; ".join((*stale[:2], verdict.reason))
     return replace(verdict, reason=reason, explanation={**explanation, "summary": reason})
 
 
@@ -177,12 +178,13 @@ def _pages_named(explanation: dict[str, Any]) -> list[int]:
 
 def stale_entries(schedule: Schedule, step: Step, setup: Setup) -> list[str]:
     """Live entries of the page table that was handed over which are not those of this step, in words."""
-    handed, size = setup.args.block_table.tolist(), setup.cache.page_size
+    size, name = setup.cache.page_size, table_name(setup.args)
     before = schedule.steps[step.number - 2].rows if step.number > 1 else ()
     told, of_before = [], True
     for seq, row in enumerate(step.rows):
-        for column, page in enumerate(row.pages):
-            if seq >= len(handed) or column >= len(handed[seq]) or (got := handed[seq][column]) == page:
+        handed = page_ids(setup.args, seq, len(row.pages)).tolist()
+        for column, (got, page) in enumerate(zip(handed, row.pages, strict=False)):
+            if got == page:
                 continue
             of_before &= seq < len(before) and got in before[seq].pages[column : column + 1]
             end = min((column + 1) * size, row.context_len + row.query_len) - 1
@@ -191,5 +193,5 @@ def stale_entries(schedule: Schedule, step: Step, setup: Setup) -> list[str]:
             now = "freed" if holder is None else f"reused by request {holder}"
             history = schedule.history(got, step.number)
             told.append(f"stale page: {where} are read from page {got} ({now}) instead of {page}: {history}")
-    which = f"block_table is that of step {step.number - 1}"
+    which = f"{name} is that of step {step.number - 1}"
     return [which] * (of_before and len(told) > 1) + told[:MAX_TOLD]

@@ -66,7 +66,7 @@ def build_arguments(problem: Problem, contract: Contract, plant: Plant = NO_PLAN
         k_cache=cache.k,
         v_cache=cache.v,
         layout=case.layout,
-        block_table=views(with_room(cache, contract.over_read("block_table"))),
+        block_table=None if cache.block_table is None else views(with_room(cache, contract, "block_table")),
         query_start_loc=cache.query_start_loc,
         seq_lens=cache.seq_lens,
         max_query_len=max(case.rows.query_lens),
@@ -84,16 +84,21 @@ def build_arguments(problem: Problem, contract: Contract, plant: Plant = NO_PLAN
         out=outputs[0].tensor,
         lse=outputs[1].tensor if contract.returns_lse else None,
         kv_block_descale=cache.kv_block_descale,
+        kv_indptr=cache.kv_indptr,
+        kv_page_indices=None if cache.kv_page_indices is None else with_room(cache, contract, "kv_page_indices"),
+        kv_last_page_len=cache.kv_last_page_len,
     )
     writer = contract.writer_of(case)
     writing = None if writer is None else build_writing(problem, writer, plant)
     return Setup(problem, cache, plant.arguments(args), outputs, writing)
 
 
-def with_room(cache: KVCache, entries: int) -> torch.Tensor:
-    """The page table, [num_seqs, max_pages] int32, with `entries` behind its last row that name an unused page."""
-    table = cache.block_table
-    if not entries:
+def with_room(cache: KVCache, contract: Contract, name: str) -> torch.Tensor:
+    """The page table `name` of `cache`, int32, with the entries behind its last that `contract` says are read: they
+    name an unused page.
+    """
+    table: torch.Tensor = getattr(cache, name)
+    if not (entries := contract.over_read(name)):
         return table
     used = {page for pages in cache.pages for page in pages}
     dead = next(page for page in reversed(range(cache.num_pages)) if page not in used)
@@ -136,6 +141,9 @@ def check_handover(setup: Setup) -> None:
         "k_cache": cache.k,
         "v_cache": cache.v,
         "block_table": cache.block_table,
+        "kv_indptr": cache.kv_indptr,
+        "kv_page_indices": cache.kv_page_indices,
+        "kv_last_page_len": cache.kv_last_page_len,
         "seq_lens": cache.seq_lens,
         "query_start_loc": cache.query_start_loc,
         "k_scale": cache.k_scale,

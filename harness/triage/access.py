@@ -13,7 +13,8 @@ from harness.triage.wording import compact, count
 MAX_TOLD = 6
 
 _NOUNS = {"k_cache": "K", "v_cache": "V", "k": "new K", "v": "new V", "kv_block_descale": "descales", "out": "out"}
-_PLACES = {"kv_block_descale": "page slot", "block_table": "entry", "out": "token"}
+_PLACES = {"kv_block_descale": "page slot", "block_table": "entry", "kv_page_indices": "entry", "out": "token"}
+_TABLES = ("block_table", "kv_page_indices")
 _KINDS = {
     "never_read": ("never read", "which {tokens} must see"),
     "behind_end": ("read too far", "behind its last cached token"),
@@ -36,7 +37,7 @@ def tell_accesses(found: Sequence[AccessFinding]) -> list[str]:
 
 def _what(one: AccessFinding) -> str:
     kind, note = _KINDS[one.kind]
-    if one.buffers == ("block_table",) and one.kind == "behind_end":
+    if one.buffers[0] in _TABLES and one.kind == "behind_end":
         note = "behind its last page"
     text = f"{kind}: {_noun(one)}"
     return text + (f", {note.format(tokens=_tokens(one))}" if note else "")
@@ -44,7 +45,7 @@ def _what(one: AccessFinding) -> str:
 
 def _noun(one: AccessFinding) -> str:
     """The memory: buffer, place, physical place, owner."""
-    name = "page table" if one.buffers == ("block_table",) else " and ".join(_NOUNS[buffer] for buffer in one.buffers)
+    name = "page table" if one.buffers[0] in _TABLES else " and ".join(_NOUNS[buffer] for buffer in one.buffers)
     if one.kind == "gap":
         return name
     if one.dims:

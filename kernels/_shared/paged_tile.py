@@ -1,6 +1,6 @@
 """Addressing of a paged KV cache, visibility and score modifiers, as Triton device functions.
 
-Invariant: every offset is computed in int64, and both layouts go through the same formula, so that a strided view of a
+Invariant: every offset is computed in int64, and all layouts go through the same formula, so that a strided view of a
 cache costs nothing and a pool beyond 2^31 elements is addressed right.
 """
 
@@ -14,34 +14,57 @@ import triton.language as tl
 
 
 class CacheStrides(NamedTuple):
-    """Element strides of one cache tensor by meaning. `vector` is x, the innermost vector of K in vllm_classic."""
+    """Element strides of one cache tensor by meaning; `vector`, `slot_vector`: x where dims, slots are split."""
 
     page: int
-    slot: int
+    slot: int  # of slot // slot_vector
     head: int
     dim: int  # of dim // vector
-    lane: int  # of dim % vector
-    vector: int
+    lane: int = 0  # of dim % vector
+    vector: int = 1
+    slot_lane: int = 0  # of slot % slot_vector
+    slot_vector: int = 1
 
 
 def key_strides(k_cache: torch.Tensor, layout: str) -> CacheStrides:
-    """Strides of K: linear_nhd [pages, page, heads, d] or vllm_classic [pages, heads, d/x, page, x]."""
-    s = k_cache.stride()
-    if layout == "linear_nhd":
-        return CacheStrides(s[0], s[1], s[2], s[3], 0, 1)
-    return CacheStrides(page=s[0], slot=s[3], head=s[1], dim=s[2], lane=s[4], vector=k_cache.shape[4])
+    """Strides of K; vllm_classic and vectorized: [pages, heads, d/x, page, x]. ValueError for an unknown layout."""
+    if layout in ("vllm_classic", "vectorized"):
+        page, head, dim, slot, lane = k_cache.stride()
+        return CacheStrides(page, slot, head, dim, lane, k_cache.shape[4])
+    return _whole_strides(k_cache, layout)
 
 
 def value_strides(v_cache: torch.Tensor, layout: str) -> CacheStrides:
-    """Strides of V: linear_nhd [pages, page, heads, dv] or vllm_classic [pages, heads, dv, page]."""
-    s = v_cache.stride()
+    """Strides of V; vllm_classic: [pages, heads, dv, page], vectorized: [pages, heads, page/x, dv, x]."""
+    if layout == "vllm_classic":
+        page, head, dim, slot = v_cache.stride()
+        return CacheStrides(page, slot, head, dim)
+    if layout == "vectorized":
+        page, head, slot, dim, slot_lane = v_cache.stride()
+        return CacheStrides(page, slot, head, dim, slot_lane=slot_lane, slot_vector=v_cache.shape[4])
+    return _whole_strides(v_cache, layout)
+
+
+def _whole_strides(cache: torch.Tensor, layout: str) -> CacheStrides:
+    """linear_nhd [pages, page, heads, d], linear_3d [pages, heads, d] (one slot), hnd [pages, heads, page, d]."""
+    s = cache.stride()
     if layout == "linear_nhd":
-        return CacheStrides(s[0], s[1], s[2], s[3], 0, 1)
-    return CacheStrides(page=s[0], slot=s[3], head=s[1], dim=s[2], lane=0, vector=1)
+        return CacheStrides(s[0], s[1], s[2], s[3])
+    if layout == "linear_3d":
+        return CacheStrides(s[0], 0, s[1], s[2])
+    if layout == "hnd":
+        return CacheStrides(s[0], s[2], s[1], s[3])
+    raise ValueError(f"unknown layout {layout}")
 
 
 def page_size_of(k_cache: torch.Tensor, layout: str) -> int:
-    return k_cache.shape[1] if layout == "linear_nhd" else k_cache.shape[3]
+    if layout == "linear_3d":
+        return 1
+    return k_cache.shape[{"linear_nhd": 1, "hnd": 2}.get(layout, 3)]
+
+
+def num_heads_of(k_cache: torch.Tensor, layout: str) -> int:
+    return k_cache.shape[2 if layout == "linear_nhd" else 1]
 
 
 @triton.jit
@@ -56,10 +79,14 @@ def cache_offsets(
     stride_dim: tl.int64,
     stride_lane: tl.int64,
     VECTOR: tl.constexpr,
+    stride_slot_lane=0,
+    SLOT_VECTOR: tl.constexpr = 1,
 ):
     """Element offset of (page, slot, kv_head, dim); shapes broadcast, the result is int64."""
-    offset = page.to(tl.int64) * stride_page + slot.to(tl.int64) * stride_slot + kv_head * stride_head
+    slot = slot.to(tl.int64)
     dim = dim.to(tl.int64)
+    offset = page.to(tl.int64) * stride_page + kv_head * stride_head
+    offset += (slot // SLOT_VECTOR) * stride_slot + (slot % SLOT_VECTOR) * stride_slot_lane
     return offset + (dim // VECTOR) * stride_dim + (dim % VECTOR) * stride_lane
 
 

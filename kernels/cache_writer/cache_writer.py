@@ -19,7 +19,8 @@ _RUNTIME = (
     "k_ptr", "v_ptr", "slot_mapping_ptr", "k_cache_ptr", "v_cache_ptr", "k_scale_ptr", "v_scale_ptr",
     "kv_block_descale_ptr", "num_tokens", "head_size", "head_size_v", "page_size", "k_new_stride_token",
     "k_new_stride_head", "v_new_stride_token", "v_new_stride_head", "k_stride_page", "k_stride_slot", "k_stride_head",
-    "v_stride_page", "v_stride_head", "descale_stride_page", "descale_stride_head", "descale_stride_kind",
+    "v_stride_page", "v_stride_head", "v_stride_slot_lane", "descale_stride_page", "descale_stride_head",
+    "descale_stride_kind",
 )  # fmt: skip
 _INNERMOST = ("k_stride_dim", "k_stride_lane", "v_stride_slot", "v_stride_dim")
 
@@ -58,10 +59,12 @@ def cache_writer_kernel(
     v_stride_slot: tl.int64,
     v_stride_head: tl.int64,
     v_stride_dim: tl.int64,
+    v_stride_slot_lane: tl.int64,
     descale_stride_page: tl.int64,
     descale_stride_head: tl.int64,
     descale_stride_kind: tl.int64,
     VECTOR: tl.constexpr,
+    SLOT_VECTOR: tl.constexpr,
     LARGEST: tl.constexpr,
     QUANTISED: tl.constexpr,
     PER_PAGE_DESCALE: tl.constexpr,
@@ -104,7 +107,7 @@ def cache_writer_kernel(
     )  # fmt: skip
     v_offsets = cache_offsets(
         page[:, None], offset[:, None], head, dim_v[None, :],
-        v_stride_page, v_stride_slot, v_stride_head, v_stride_dim, 0, 1,
+        v_stride_page, v_stride_slot, v_stride_head, v_stride_dim, 0, 1, v_stride_slot_lane, SLOT_VECTOR,
     )  # fmt: skip
     tl.store(k_cache_ptr + k_offsets, k, mask=k_mask)
     tl.store(v_cache_ptr + v_offsets, v, mask=v_mask)
@@ -121,8 +124,9 @@ def launch(args: WriterArguments) -> None:
         args.kv_block_descale, num_tokens, head_size, head_size_v, page_size_of(args.k_cache, args.layout),
         *args.k.stride()[:2], *args.v.stride()[:2],
         k_strides.page, k_strides.slot, k_strides.head, k_strides.dim, k_strides.lane,
-        v_strides.page, v_strides.slot, v_strides.head, v_strides.dim, *descale_strides,
-        VECTOR=k_strides.vector, LARGEST=torch.finfo(args.k_cache.dtype).max, QUANTISED=args.kv_dtype != "auto",
+        v_strides.page, v_strides.slot, v_strides.head, v_strides.dim, v_strides.slot_lane, *descale_strides,
+        VECTOR=k_strides.vector, SLOT_VECTOR=v_strides.slot_vector,
+        LARGEST=torch.finfo(args.k_cache.dtype).max, QUANTISED=args.kv_dtype != "auto",
         PER_PAGE_DESCALE=args.kv_block_descale is not None,
         BLOCK_T=TOKENS, BLOCK_D=triton.next_power_of_2(head_size), BLOCK_DV=triton.next_power_of_2(head_size_v),
     )  # fmt: skip

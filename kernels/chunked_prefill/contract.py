@@ -15,6 +15,7 @@ _COMMON = frozenset({
     "strided_cache", "strided_inputs", "queries_before_keys",
 })  # fmt: skip
 _PREFILL_TOO = _COMMON | {"prefill"}
+_LAYOUTS = frozenset({"linear_nhd", "hnd", "vllm_classic"})
 _INSTALL = "Install triton 3.6 or newer; on a CPU it runs under the interpreter (TRITON_INTERPRET=1)."
 
 
@@ -32,6 +33,7 @@ KERNELS: tuple[Contract, ...] = (
         entry="prefix_prefill.py:launch",
         content=Content.CONTEXT,
         features=_PREFILL_TOO,
+        layouts=_LAYOUTS,
         launches=("prefix_prefill_kernel",),
         needs=("triton",),
         install_hint=_INSTALL,
@@ -43,6 +45,7 @@ KERNELS: tuple[Contract, ...] = (
         entry="paged_decode.py:launch",
         content=Content.ALL,
         features=_COMMON,
+        layouts=_LAYOUTS,
         launches=("paged_decode_kernel",),
         needs=("triton",),
         install_hint=_INSTALL,
@@ -54,6 +57,7 @@ KERNELS: tuple[Contract, ...] = (
         entry="chunked_prefill_paged_decode.py:launch",
         content=Content.BY_PHASE,
         features=_PREFILL_TOO,
+        layouts=_LAYOUTS,
         launches=("prefix_prefill_kernel", "paged_decode_kernel"),
         takes=_takes,
         needs=("triton",),

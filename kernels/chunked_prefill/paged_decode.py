@@ -12,7 +12,7 @@ import triton.language as tl
 
 from harness.kernel.arguments import LaunchArguments
 
-from .._shared.paged_tile import key_strides, page_size_of, value_strides, visible
+from .._shared.paged_tile import key_strides, num_heads_of, page_size_of, value_strides, visible
 from .attention_step import NUM_STAGES, NUM_WARPS, finish, fold, load_cached, masked_scores, tiling
 
 # As in prefix_prefill: everything but the innermost strides is a runtime value that no compilation depends on.
@@ -137,7 +137,7 @@ def paged_decode(
     out: torch.Tensor,  # [num_tokens, num_q_heads, head_size_v]
     k_cache: torch.Tensor,  # as `layout` says; holds [0, seq_len) of every row with query_len 1
     v_cache: torch.Tensor,
-    layout: str,  # linear_nhd | vllm_classic
+    layout: str,  # linear_nhd | hnd | vllm_classic
     block_table: torch.Tensor,  # [num_seqs, max_pages] int32
     query_start_loc: torch.Tensor,  # [num_seqs + 1] int32
     seq_lens: torch.Tensor,  # [num_seqs] int32, the current token included
@@ -153,7 +153,7 @@ def paged_decode(
 ) -> None:
     """Attention of rows with query_len == 1, written to `out` and, if given, `lse`; other rows are not written."""
     ks, vs = key_strides(k_cache, layout), value_strides(v_cache, layout)
-    num_kv_heads = k_cache.shape[2] if layout == "linear_nhd" else k_cache.shape[1]
+    num_kv_heads = num_heads_of(k_cache, layout)
     gqa_ratio = q.shape[1] // num_kv_heads
     tile = tiling(q.shape[2], out.shape[2], q.element_size())
     paged_decode_kernel[(seq_lens.shape[0], num_kv_heads)](

@@ -184,7 +184,7 @@ def prefix_prefill(
     out: torch.Tensor,  # [num_tokens, num_q_heads, head_size_v]
     k_cache: torch.Tensor,  # as `layout` says; holds [0, context_len) of every row
     v_cache: torch.Tensor,
-    layout: str,  # linear_nhd | vllm_classic
+    layout: str,  # linear_nhd | hnd | vllm_classic
     block_table: torch.Tensor,  # [num_seqs, max_pages] int32
     query_start_loc: torch.Tensor,  # [num_seqs + 1] int32
     seq_lens: torch.Tensor,  # [num_seqs] int32, new tokens included

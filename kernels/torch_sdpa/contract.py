@@ -18,6 +18,8 @@ KERNELS: tuple[Contract, ...] = (
         entry="torch_sdpa_paged.py:launch",
         content=Content.ALL,
         features=_FEATURES,
+        layouts=frozenset({"linear_nhd", "linear_3d", "hnd", "vllm_classic", "vectorized"}),
+        page_tables=frozenset({"block_table", "kv_indices"}),
         descales=frozenset({"per_tensor", "one", "quiet", "loud"}),
         returns_lse=False,  # the public function returns none
         numerics=NumericsProfile(kv_dequant="round_to_q", p_dtype="fp32", mma="simt"),

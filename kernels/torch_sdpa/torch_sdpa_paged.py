@@ -9,6 +9,8 @@ The math backend is asked for by name: on CUDA the fused float32 kernels would r
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -27,21 +29,50 @@ def launch(args: LaunchArguments) -> None:
 
 def gather(args: LaunchArguments, seq: int, seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
     """K [seq_len, num_kv_heads, head_size] and V [.., head_size_v] of one sequence, in the query dtype."""
-    linear = args.layout == "linear_nhd"
-    page_size = args.k_cache.shape[1] if linear else args.k_cache.shape[3]
+    page_size = page_size_of(args)
     position = torch.arange(seq_len, device=args.q.device)  # [seq_len]
-    page = args.block_table[seq, position // page_size].long()  # [seq_len]
+    page = _pages(args, seq)[position // page_size].long()  # [seq_len]
     slot = position % page_size  # [seq_len]
     pair = []
     for kind, (cache, scale) in enumerate(((args.k_cache, args.k_scale), (args.v_cache, args.v_scale))):
         if args.kv_block_descale is not None:
             scale = args.kv_block_descale[page, :, kind, None]  # [seq_len, num_kv_heads, 1]
         stored = cache.view(torch.uint8) if cache.element_size() == 1 else cache  # 8-bit floats are not indexable
-        tokens = stored[page, slot] if linear else stored[page, :, :, slot].flatten(2)  # [seq_len, num_kv_heads, d]
+        tokens = stored[_slots(args.layout, kind, page, slot, stored)].flatten(2)  # [seq_len, num_kv_heads, d]
         if args.kv_dtype != "auto":
             tokens = (tokens.view(cache.dtype).float() * scale).to(args.q.dtype)
         pair.append(tokens)
     return pair[0], pair[1]
+
+
+def page_size_of(args: LaunchArguments) -> int:
+    if args.layout == "linear_3d":
+        return 1
+    return args.k_cache.shape[{"linear_nhd": 1, "hnd": 2}.get(args.layout, 3)]
+
+
+def _pages(args: LaunchArguments, seq: int) -> torch.Tensor:
+    """Page ids of one sequence and what is behind them, int32 [entries]."""
+    if args.block_table is not None:
+        return args.block_table[seq]
+    assert args.kv_indptr is not None
+    assert args.kv_page_indices is not None
+    return args.kv_page_indices[args.kv_indptr[seq] :]
+
+
+def _slots(layout: str, kind: int, page: torch.Tensor, slot: torch.Tensor, cache: torch.Tensor) -> tuple[Any, ...]:
+    """Index of the slots (`page`, `slot`) [n] in K (`kind` 0) or V (1): [n, num_kv_heads, ...dims]."""
+    every = slice(None)
+    if layout == "vectorized" and kind:
+        x = cache.shape[4]
+        return page, every, slot // x, every, slot % x
+    return {
+        "linear_nhd": (page, slot),
+        "linear_3d": (page,),
+        "hnd": (page, every, slot),
+        "vllm_classic": (page, every, every, slot),
+        "vectorized": (page, every, every, slot),
+    }[layout]
 
 
 def visible_keys(args: LaunchArguments, distance: torch.Tensor) -> torch.Tensor:

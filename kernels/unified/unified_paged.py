@@ -15,21 +15,33 @@ import triton.language as tl
 
 from harness.kernel.arguments import LaunchArguments
 
-from .._shared.paged_tile import cache_offsets, key_strides, page_size_of, soft_cap, value_strides, visible
+from .._shared.paged_tile import (
+    cache_offsets,
+    key_strides,
+    num_heads_of,
+    page_size_of,
+    soft_cap,
+    value_strides,
+    visible,
+)
 from .softmax_rows import initial_max_and_sum, rescale, store_rows
 from .split_kv import keys_per_split, split_kv_combine_kernel
 
 # Pointers and sizes differ from case to case: specialising on their alignment or on the value 1 would only multiply
 # compilations. The strides that may be innermost do know the value 1, which is what makes loads coalesce.
 _RUNTIME = (
-    "q_ptr", "k_cache_ptr", "v_cache_ptr", "block_table_ptr", "query_start_loc_ptr", "seq_lens_ptr", "k_scale_ptr",
+    "q_ptr", "k_cache_ptr", "v_cache_ptr", "block_table_ptr", "kv_indptr_ptr", "kv_page_indices_ptr",
+    "kv_last_page_len_ptr", "query_start_loc_ptr", "seq_lens_ptr", "k_scale_ptr",
     "v_scale_ptr", "kv_block_descale_ptr", "alibi_slopes_ptr", "sinks_ptr", "out_ptr", "lse_ptr", "partial_out_ptr",
     "partial_max_ptr", "partial_sum_ptr", "gqa_ratio", "head_size", "head_size_v", "page_size", "window", "num_splits",
     "num_tokens", "num_q_heads", "q_stride_token", "q_stride_head", "out_stride_token", "out_stride_head",
     "lse_stride_token", "lse_stride_head", "table_stride", "k_stride_page", "k_stride_slot", "k_stride_head",
     "v_stride_page", "v_stride_head", "descale_stride_page", "descale_stride_head", "descale_stride_kind",
 )  # fmt: skip
-_INNERMOST = ("q_stride_dim", "out_stride_dim", "k_stride_dim", "k_stride_lane", "v_stride_slot", "v_stride_dim")
+_INNERMOST = (
+    "q_stride_dim", "out_stride_dim", "k_stride_dim", "k_stride_lane", "v_stride_slot", "v_stride_dim",
+    "v_stride_slot_lane",
+)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_INNERMOST)
@@ -37,7 +49,10 @@ def unified_paged_kernel(
     q_ptr,  # [num_tokens, num_q_heads, head_size]
     k_cache_ptr,
     v_cache_ptr,
-    block_table_ptr,  # [num_seqs, max_pages] int32
+    block_table_ptr,  # [num_seqs, max_pages] int32, or None and
+    kv_indptr_ptr,  # [num_seqs + 1] int32 or None
+    kv_page_indices_ptr,  # [total pages] int32 or None
+    kv_last_page_len_ptr,  # [num_seqs] int32 or None
     query_start_loc_ptr,  # [num_seqs + 1] int32
     seq_lens_ptr,  # [num_seqs] int32
     k_scale_ptr,  # [1] float32
@@ -78,10 +93,12 @@ def unified_paged_kernel(
     v_stride_slot: tl.int64,
     v_stride_head: tl.int64,
     v_stride_dim: tl.int64,
+    v_stride_slot_lane: tl.int64,
     descale_stride_page: tl.int64,
     descale_stride_head: tl.int64,
     descale_stride_kind: tl.int64,
     VECTOR: tl.constexpr,
+    SLOT_VECTOR: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
     QUANTISED: tl.constexpr,
@@ -99,7 +116,14 @@ def unified_paged_kernel(
     seq = tl.program_id(2)
     query_start = tl.load(query_start_loc_ptr + seq)
     query_len = tl.load(query_start_loc_ptr + seq + 1) - query_start
-    seq_len = tl.load(seq_lens_ptr + seq)
+    if kv_indptr_ptr is not None:
+        first_entry = tl.load(kv_indptr_ptr + seq)
+        whole_pages = tl.load(kv_indptr_ptr + seq + 1) - first_entry - 1
+        seq_len = tl.maximum(whole_pages * page_size + tl.load(kv_last_page_len_ptr + seq), 0)
+        table_row = kv_page_indices_ptr + first_entry
+    else:
+        seq_len = tl.load(seq_lens_ptr + seq)
+        table_row = block_table_ptr + seq * table_stride
     if tile * BLOCK_M >= query_len * gqa_ratio:
         return
 
@@ -143,7 +167,6 @@ def unified_paged_kernel(
     else:
         row_max, row_sum = initial_max_and_sum(sinks_ptr, head, present, BLOCK_M)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    table_row = block_table_ptr + seq * table_stride
 
     for tile_start in range(first_key, end_key, BLOCK_N):
         key = tile_start + tl.arange(0, BLOCK_N)
@@ -178,7 +201,7 @@ def unified_paged_kernel(
 
         v_offsets = cache_offsets(
             page[:, None], slot[:, None], kv_head, dim_v[None, :],
-            v_stride_page, v_stride_slot, v_stride_head, v_stride_dim, 0, 1,
+            v_stride_page, v_stride_slot, v_stride_head, v_stride_dim, 0, 1, v_stride_slot_lane, SLOT_VECTOR,
         )  # fmt: skip
         # 0 * NaN is NaN: values behind the last token must not be loaded, a zero weight does not hide them.
         v = tl.load(v_cache_ptr + v_offsets, mask=cached[:, None] & (dim_v < head_size_v)[None, :], other=0.0)
@@ -228,11 +251,12 @@ def launch(args: LaunchArguments) -> None:
     num_tokens, num_q_heads, head_size = args.q.shape
     head_size_v = args.out.shape[2]
     k_strides, v_strides = key_strides(args.k_cache, args.layout), value_strides(args.v_cache, args.layout)
-    num_kv_heads = args.k_cache.shape[2 if args.layout == "linear_nhd" else 1]
+    num_kv_heads = num_heads_of(args.k_cache, args.layout)
     gqa_ratio = num_q_heads // num_kv_heads
     max_rows = args.max_query_len * gqa_ratio
     tiles = tiles_for(head_size, head_size_v, args.q.element_size(), max_rows)
     num_tiles, num_seqs = triton.cdiv(max_rows, tiles.rows), args.seq_lens.shape[0]
+    table_stride = 0 if args.block_table is None else args.block_table.stride(0)
     lse_strides = (0, 0) if args.lse is None else args.lse.stride()
     descale_strides = (0, 0, 0) if args.kv_block_descale is None else args.kv_block_descale.stride()
     splits = max(args.num_splits, 1)
@@ -245,16 +269,19 @@ def launch(args: LaunchArguments) -> None:
         partial_sum = torch.full(shape, float("nan"), device=args.q.device)
 
     unified_paged_kernel[(num_tiles * splits, num_kv_heads, num_seqs)](
-        args.q, args.k_cache, args.v_cache, args.block_table, args.query_start_loc, args.seq_lens,
+        args.q, args.k_cache, args.v_cache,
+        args.block_table, args.kv_indptr, args.kv_page_indices, args.kv_last_page_len,
+        args.query_start_loc, args.seq_lens,
         args.k_scale, args.v_scale, args.kv_block_descale, args.alibi_slopes, args.sinks, args.out, args.lse,
         partial_out, partial_max, partial_sum,
         args.softmax_scale, args.logits_soft_cap,
         gqa_ratio, head_size, head_size_v, page_size_of(args.k_cache, args.layout), args.sliding_window,
         splits, num_tokens, num_q_heads,
-        *args.q.stride(), *args.out.stride(), *lse_strides, args.block_table.stride(0),
+        *args.q.stride(), *args.out.stride(), *lse_strides, table_stride,
         k_strides.page, k_strides.slot, k_strides.head, k_strides.dim, k_strides.lane,
-        v_strides.page, v_strides.slot, v_strides.head, v_strides.dim, *descale_strides,
-        VECTOR=k_strides.vector, CAUSAL=args.causal, HAS_SOFT_CAP=args.logits_soft_cap > 0,
+        v_strides.page, v_strides.slot, v_strides.head, v_strides.dim, v_strides.slot_lane, *descale_strides,
+        VECTOR=k_strides.vector, SLOT_VECTOR=v_strides.slot_vector,
+        CAUSAL=args.causal, HAS_SOFT_CAP=args.logits_soft_cap > 0,
         QUANTISED=args.kv_dtype != "auto", PER_PAGE_DESCALE=args.kv_block_descale is not None,
         SPLIT_KV=args.num_splits > 0,
         BLOCK_M=tiles.rows, BLOCK_N=tiles.keys, BLOCK_D=tiles.dims, BLOCK_DV=tiles.dims_v, num_stages=1,

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from harness.access.grid import GAP, Grid, cache_grid
 from harness.access.reads import resolve
-from harness.cache.layouts import allocate, by_slot, cache_shape
+from harness.cache.layouts import allocate, by_slot
 from harness.dtypes import element_type
 from harness.interpreter.trace import Load, lanes
+from harness.layout import LAYOUTS, cache_shape
 
-PAGES, SLOTS, HEADS, DIMS = 3, 4, 2, 16
+PAGES, HEADS, DIMS = 3, 2, 16
 
 
 def pointers(tensor: torch.Tensor) -> np.ndarray:
@@ -25,17 +26,18 @@ def pointers(tensor: torch.Tensor) -> np.ndarray:
 
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("which", ["k", "v"])
-@pytest.mark.parametrize("layout", ["linear_nhd", "vllm_classic"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_element_of_a_cache_has_its_cell_and_dim(layout: str, which: str, strided: bool) -> None:
-    stored = element_type("fp16")
-    shape = cache_shape(layout, which, PAGES, SLOTS, HEADS, DIMS, stored.size)
+    stored, num_slots = element_type("fp16"), 1 if layout == "linear_3d" else 16
+    shape = cache_shape(layout, which, PAGES, num_slots, HEADS, DIMS, stored.size)
     cache = allocate(layout, which, shape, stored, 0, strided, "cpu")
     grid = cache_grid(cache, layout, which)
     assert grid is not None
-    assert (grid.num_cells, grid.num_dims) == (PAGES * SLOTS * HEADS, DIMS)
-    cell, dim = grid.decode(pointers(by_slot(cache, layout)).reshape(-1))  # [page, slot, head, dim] flattened
-    assert cell.tolist() == np.repeat(np.arange(PAGES * SLOTS * HEADS), DIMS).tolist()
-    assert dim.tolist() == np.tile(np.arange(DIMS), PAGES * SLOTS * HEADS).tolist()
+    assert (grid.num_cells, grid.num_dims) == (PAGES * num_slots * HEADS, DIMS)
+    in_order = by_slot(cache, layout, which).view  # [page, slot, head, dim] but for the splits
+    cell, dim = grid.decode(pointers(in_order).reshape(-1))
+    assert cell.tolist() == np.repeat(np.arange(PAGES * num_slots * HEADS), DIMS).tolist()
+    assert dim.tolist() == np.tile(np.arange(DIMS), PAGES * num_slots * HEADS).tolist()
     whole = np.arange(cache.untyped_storage().nbytes() // 2, dtype=np.uint64) * 2 + cache.untyped_storage().data_ptr()
     found, _ = grid.decode(whole.astype(np.uint64))
     assert (found != GAP).sum() == cache.numel()

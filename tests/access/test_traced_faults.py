@@ -24,6 +24,8 @@ PREFILL = case("prefix_prefill", (5, 1, 9), (30, 40, 0))
 PREFILL_WINDOW = case("prefix_prefill", (5,), (79,), sliding_window=17)
 MIXED = case("chunked_prefill_paged_decode", (5, 1, 9), (30, 40, 0))
 UNIFIED = case("unified_paged", (5, 1), (30, 40))
+LISTED = case("unified_paged", (5, 1), (30, 40), page_table="kv_indices")
+VECTORIZED = case("unified_paged", (5, 1), (30, 40), layout="vectorized", strides="cache")
 UNIFIED_WINDOW = case("unified_paged", (5,), (79,), sliding_window=17)
 SPLIT = case("unified_paged", (1, 1), (140, 70), num_splits=3)
 LOUD = case("unified_paged", (5, 1), (30, 40), kv_dtype="fp8_e4m3", descales="loud", layout="vllm_classic")
@@ -134,6 +136,38 @@ FAULTS = (
             "read from another sequence: page table entries 0..2 of sequence 0",
             "never read: K and V of positions 0..40 ",
         ),
+    ),
+    Fault(
+        "list of pages over-read by one entry",
+        LISTED,
+        "key // page_size, mask=cached",
+        "key // page_size, mask=key < seq_len + page_size",
+        ("read too far: page table entry 3 of sequence 0, behind its last page",),
+        wrong=False,
+    ),
+    Fault(
+        "pages of another sequence of a list",
+        LISTED,
+        "kv_page_indices_ptr + first_entry",
+        "kv_page_indices_ptr + 0 * first_entry",
+        (
+            "read from another sequence: page table entries 0..2 of sequence 0",
+            "never read: K and V of positions 0..40 ",
+        ),
+    ),
+    Fault(
+        "newest token dropped of a list",
+        LISTED,
+        "tl.load(kv_last_page_len_ptr + seq), 0)",
+        "tl.load(kv_last_page_len_ptr + seq) - 1, 0)",
+        ("never read: K and V of position 34 ",),
+    ),
+    Fault(
+        "slots of a vector all alike",
+        VECTORIZED,
+        "0, 1, v_stride_slot_lane, SLOT_VECTOR,\n",
+        "0, 1, 0, SLOT_VECTOR,\n",
+        ("never read: V of 30 positions in 1..34 ",),
     ),
     Fault(
         "another KV head",
@@ -248,6 +282,22 @@ def test_a_declared_over_read_is_provided_and_no_more_than_that(tmp_path: Path) 
     known = replace(contract, over_reads=(OverRead("block_table", 1, "reads ahead"),))
     assert run(known, last).outcome is Outcome.FAIL
     assert MAX_AMOUNT <= MARGIN
+
+
+@pytest.mark.parametrize("padding", ["poison_page", "out_of_range", "exact"])
+def test_a_declared_over_read_of_a_list_of_pages(padding: str, tmp_path: Path) -> None:
+    old, new = "key // page_size, mask=cached", "key // page_size, mask=key < seq_len + page_size"
+    contract = faulty("unified_paged", tmp_path, old, new)
+    one = case("unified_paged", (1, 1), (20, 40), page_table="kv_indices", table_padding=padding)
+    verdict = run(contract, one)
+    assert verdict.outcome is Outcome.FAIL
+    if padding == "exact":
+        assert "past the end of 'kv_page_indices'" in verdict.reason
+    known = replace(contract, over_reads=(OverRead("kv_page_indices", 1, "reads ahead"),))
+    assert run(known, one).outcome is Outcome.PASS
+    contract = faulty("unified_paged", tmp_path / "further", old, new.replace("+ page_size", "+ 2 * page_size"))
+    known = replace(contract, over_reads=(OverRead("kv_page_indices", 1, "reads ahead"),))
+    assert run(known, one).outcome is Outcome.FAIL
 
 
 def test_a_declared_over_read_of_slots(tmp_path: Path) -> None:

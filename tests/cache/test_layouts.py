@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.cache.address import address
-from harness.cache.layouts import LAYOUTS, allocate, as_stored, by_slot, cache_shape, vector_size
+from harness.cache.layouts import allocate, by_slot
 from harness.cache.poison import POISON_BITS
 from harness.cache.quantise import bits_of
 from harness.dtypes import ELEMENT_TYPES, element_type
+from harness.layout import LAYOUTS, cache_shape, vector_size
 
 
 @pytest.mark.parametrize(
@@ -20,9 +21,25 @@ def test_vector_size(head_size: int, element_size: int, x: int) -> None:
     assert vector_size(head_size, element_size) == x
 
 
-@settings(deadline=None, derandomize=True, max_examples=60, database=None)
+def element_at(cache: torch.Tensor, layout: str, which: str, page: int, slot: int, head: int, d: int) -> torch.Tensor:
+    """One element by the documented shape of `layout`."""
+    x = cache.shape[-1]
+    if layout == "linear_3d":
+        return cache[page, head, d]
+    if layout == "linear_nhd":
+        return cache[page, slot, head, d]
+    if layout == "hnd":
+        return cache[page, head, slot, d]
+    if which == "k":
+        return cache[page, head, d // x, slot, d % x]
+    if layout == "vectorized":
+        return cache[page, head, slot // x, d, slot % x]
+    return cache[page, head, d, slot]
+
+
+@settings(deadline=None, derandomize=True, max_examples=100, database=None)
 @given(
-    layout=st.sampled_from(LAYOUTS),
+    layout=st.sampled_from(list(LAYOUTS)),
     which=st.sampled_from(["k", "v"]),
     stored=st.sampled_from(list(ELEMENT_TYPES)),
     strided=st.booleans(),
@@ -35,6 +52,7 @@ def test_round_trip(
     layout: str, which: str, stored: str, strided: bool, page_size: int, heads: int, dim: int, seed: int
 ) -> None:
     element, pages = element_type(stored), 3
+    page_size = 1 if layout == "linear_3d" else page_size
     shape = cache_shape(layout, which, pages, page_size, heads, dim, element.size)
     cache = allocate(layout, which, shape, element, POISON_BITS, strided, "cpu")
     assert tuple(cache.shape) == shape
@@ -43,36 +61,43 @@ def test_round_trip(
     tokens = min(pages * page_size - 1, 40)
     generator = torch.Generator().manual_seed(seed)
     place = torch.randperm(pages * page_size, generator=generator)[:tokens]
+    page, slot = place // page_size, place % page_size
     low, high = -(1 << (8 * element.size - 1)), (1 << (8 * element.size - 1)) - 1
     payload = torch.randint(low, high, (tokens, heads, dim), generator=generator).to(bits_of(cache).dtype)
-    slots = bits_of(by_slot(cache, layout))
-    slots[place // page_size, place % page_size] = as_stored(payload, slots)
+    slots = by_slot(bits_of(cache), layout, which)
+    slots.store(page, slot, payload)
+    assert torch.equal(slots.load(page, slot), payload)
 
     flat = bits_of(cache).as_strided((cache.untyped_storage().nbytes() // element.size,), (1,), 0)
-    offsets = address(cache, layout, which, heads, dim).offsets(place // page_size, place % page_size)
+    offsets = address(cache, layout, which, heads, dim).offsets(page, slot)
     assert torch.equal(flat[offsets].view(tokens, heads, dim), payload)
     untouched = torch.ones(len(flat), dtype=torch.bool)
     untouched[offsets] = False
     assert int(untouched.sum()) == len(flat) - payload.numel()  # no two tokens share an element
     assert bool((flat[untouched] == POISON_BITS).all())
 
-    page, slot = int(place[0]) // page_size, int(place[0]) % page_size
-    for head, d in ((0, 0), (heads - 1, dim - 1), (heads // 2, dim // 2)):
-        if layout == "linear_nhd":
-            element_at = bits_of(cache)[page, slot, head, d]
-        elif which == "k":
-            x = shape[4]
-            element_at = bits_of(cache)[page, head, d // x, slot, d % x]
-        else:
-            element_at = bits_of(cache)[page, head, d, slot]
-        assert element_at == payload[0, head, d]
+    for token, head, d in ((0, 0, 0), (tokens // 2, heads - 1, dim - 1), (tokens - 1, heads // 2, dim // 2)):
+        found = element_at(bits_of(cache), layout, which, int(page[token]), int(slot[token]), head, d)
+        assert found == payload[token, head, d]
 
 
-def test_rows_stay_aligned_and_strides_of_k_and_v_differ() -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rows_stay_aligned_and_strides_of_k_and_v_differ(layout: str) -> None:
     strides = []
     for which in ("k", "v"):
-        shape = cache_shape("linear_nhd", which, 3, 16, 2, 64, 2)
-        cache = allocate("linear_nhd", which, shape, element_type("fp16"), POISON_BITS, True, "cpu")
-        assert all(stride * 2 % 16 == 0 for stride in cache.stride()[:-1])
-        strides.append(cache.stride()[:-1])
+        shape = cache_shape(layout, which, 3, 1 if layout == "linear_3d" else 16, 2, 64, 2)
+        cache = allocate(layout, which, shape, element_type("fp16"), POISON_BITS, True, "cpu")
+        assert all(stride * 2 % 16 == 0 for stride in cache.stride()[:2])  # pages and heads, or slots
+        strides.append(cache.stride()[:2])
     assert all(k != v for k, v in zip(*strides, strict=True))
+
+
+def test_strided_views_of_vectorized_have_gaps_behind_pages_and_heads_only() -> None:
+    """Kernels take the strides inside a head from the shape: K x and page * x, V x and d * x."""
+    for which in ("k", "v"):
+        shape = cache_shape("vectorized", which, 3, 32, 2, 64, 2)
+        assert shape == ((3, 2, 8, 32, 8) if which == "k" else (3, 2, 4, 64, 8))
+        cache = allocate("vectorized", which, shape, element_type("fp16"), POISON_BITS, True, "cpu")
+        assert cache.stride()[2:] == ((32 * 8, 8, 1) if which == "k" else (64 * 8, 8, 1))
+        assert cache.stride(1) > 32 * 64
+        assert cache.stride(0) > 2 * cache.stride(1)

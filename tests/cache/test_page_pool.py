@@ -36,7 +36,7 @@ def built(case: Case, device: torch.device, content: Content = Content.ALL) -> t
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 @pytest.mark.parametrize("strides", ["compact", "cache"])
-@pytest.mark.parametrize("layout", ["linear_nhd", "vllm_classic"])
+@pytest.mark.parametrize("layout", ["linear_nhd", "vllm_classic", "vectorized"])
 def test_dense_and_aliased_caches_have_the_same_strides_and_bits(
     layout: str, strides: str, device: torch.device
 ) -> None:
@@ -58,7 +58,7 @@ def test_dense_and_aliased_caches_have_the_same_strides_and_bits(
 def test_what_should_not_be_there_is_red_before_the_launch(where: str, kind: str, device: torch.device) -> None:
     problem, cache = built(replace(CASE, pool=kind), device)
     verify_cache(problem, cache, Content.ALL)
-    slots = by_slot(bits_of(cache.v), "linear_nhd")  # [pages, slot, heads, dim]
+    slots = by_slot(bits_of(cache.v), "linear_nhd", "v").view  # [pages, slot, heads, dim]
     if where == "a neighbour's token":
         slots[261] = slots[260].clone()
     else:

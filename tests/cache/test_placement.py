@@ -2,9 +2,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 
-from harness.cache.placement import Placed, page_table, place
+from harness.cache.placement import Placed, place
 from harness.case import Case, Placement, Rows
 from harness.errors import PlacementError
 
@@ -70,22 +69,7 @@ def test_explicit_pages_that_do_not_fit(pages: tuple[tuple[int, ...], ...], mess
         placed("random")
 
 
-@pytest.mark.parametrize("padding", ["poison_page", "out_of_range", "exact"])
-def test_page_table(padding: str) -> None:
-    got = placed("shuffled")
-    table = page_table(got, padding, "cpu")
-    assert table.dtype == torch.int32
-    assert table.shape == (5, 7 if padding == "exact" else 9)
-    for row, pages in zip(table.tolist(), got.pages, strict=True):
-        assert tuple(row[: len(pages)]) == pages
-        for page in row[len(pages) :]:
-            assert abs(page) >= 1 << 30 if padding == "out_of_range" else page == got.dead
-    if padding == "out_of_range":
-        assert len({entry > 0 for entry in table[2].tolist()}) == 2
-
-
-def test_a_batch_without_keys_has_a_table_and_a_pool() -> None:
+def test_a_batch_without_keys_has_a_pool() -> None:
     got = place(replace(CASE, rows=Rows("empty", (1, 1), (-1, -1))))
     assert got.pages == ((), ())
-    assert page_table(got, "exact", "cpu").shape == (2, 1)
     assert got.num_pages >= 4

@@ -67,7 +67,7 @@ FAULTS: dict[str, tuple[str, Callable[[LaunchArguments], dict[str, object]], str
     "vector of 16-bit caches": (
         "k_cache",
         lambda a: {"k_cache": torch.empty(*a.k_cache.shape[:2], 1, 16, 32, dtype=a.k_cache.dtype)},
-        "at most 16 bytes",
+        "shape [any, 2, 2, 16, 16]",
     ),
     "out dtype": ("out", lambda a: {"out": a.out.float()}, "float16"),
     "lse missing": ("lse", lambda a: {"lse": None}, "a tensor"),

@@ -38,6 +38,7 @@ class Paged:
     head_size_v: int = 32
     page_size: int = 16
     layout: str = "linear_nhd"
+    page_table: str = "block_table"
     strided: bool = False
     causal: bool = True
     window: int = 0
@@ -92,16 +93,30 @@ def build(p: Paged, *, with_lse: bool = True) -> Built:
             chunk = slice(column * p.page_size, (column + 1) * p.page_size)
             for pool, tokens in ((k_pool, keys[seq]), (v_pool, values[seq])):
                 pool[page, : tokens[chunk].shape[0]] = tokens[chunk]
-    if p.layout == "vllm_classic":
-        x = 8 if p.head_size % 8 == 0 else 1
+    x = 8 if p.head_size % 8 == 0 else 1
+    if p.layout in ("vllm_classic", "vectorized"):
         k_pool = k_pool.view(*k_pool.shape[:3], -1, x).permute(0, 2, 3, 1, 4).contiguous()
+    if p.layout == "vllm_classic":
         v_pool = v_pool.permute(0, 2, 3, 1).contiguous()
+    elif p.layout == "vectorized":
+        v_pool = v_pool.view(len(v_pool), -1, x, *v_pool.shape[2:]).permute(0, 3, 1, 4, 2).contiguous()
+    elif p.layout == "hnd":
+        k_pool, v_pool = k_pool.transpose(1, 2).contiguous(), v_pool.transpose(1, 2).contiguous()
+    elif p.layout == "linear_3d":
+        k_pool, v_pool = k_pool[:, 0], v_pool[:, 0]
+    listed: dict[str, torch.Tensor] = {}
+    if p.page_table == "kv_indices":
+        ids = [row[:count] for row, count in zip(table, num_pages_of, strict=True)]
+        listed["kv_indptr"] = torch.tensor([0, *torch.tensor(num_pages_of).cumsum(0)], dtype=torch.int32)
+        listed["kv_page_indices"] = torch.cat([*ids, torch.full((5,), 2**31 - 1, dtype=torch.int32)])
+        last = [(n - 1) % p.page_size + 1 if n > 0 else 0 for n in p.seq_lens]
+        listed["kv_last_page_len"] = torch.tensor(last, dtype=torch.int32)
 
     slopes = torch.rand(p.num_q_heads, generator=generator) if p.alibi else None
     sinks = normal(p.num_q_heads) + 1.0 if p.sinks else None
     args = LaunchArguments(
         q=q, k=None, v=None, k_cache=_view(k_pool, p.strided)[0], v_cache=_view(v_pool, p.strided)[0], layout=p.layout,
-        block_table=_view(table, p.strided)[0],
+        block_table=None if listed else _view(table, p.strided)[0], **listed,
         query_start_loc=torch.tensor([0, *torch.tensor(p.query_lens).cumsum(0)], dtype=torch.int32),
         seq_lens=torch.tensor(p.seq_lens, dtype=torch.int32),
         max_query_len=max(p.query_lens), max_seq_len=max(p.seq_lens),

@@ -22,6 +22,15 @@ HONEST = {
     "fp16 queries, e5m2 cache, strided": Paged(dtype="fp16", kv_dtype="fp8_e5m2", strided=True),
     "bf16 queries, e4m3 cache, classic": Paged(dtype="bf16", kv_dtype="fp8_e4m3", layout="vllm_classic"),
     "page 1": Paged(page_size=1),
+    "page 1, three dimensions": Paged(page_size=1, layout="linear_3d"),
+    "hnd, strided": Paged(layout="hnd", strided=True, page_size=24),
+    "vectorized": Paged(layout="vectorized", page_size=24, head_size_v=48),
+    "vectorized, strided, bf16": Paged(layout="vectorized", strided=True, dtype="bf16"),
+    "list of pages": Paged(page_table="kv_indices"),
+    "list of pages, page 1, an empty row": Paged(
+        page_table="kv_indices", page_size=1, query_lens=(5, 1, 3), context_lens=(30, -1, 2)
+    ),
+    "list of pages, page 544, vectorized": Paged(page_table="kv_indices", page_size=544, layout="vectorized"),
     "page 24, window": Paged(page_size=24, head_size=24, head_size_v=80, window=17),
     "page 544": Paged(page_size=544),
     "strided": Paged(strided=True),
@@ -78,6 +87,10 @@ FAULTS = {
     "slot within the page": ("slot = position % page_size", "slot = position * 0", Paged()),
     "tail gathered": ("torch.arange(seq_len, device=q.device) - query_pos", (
         "torch.arange(seq_len, device=q.device).clamp(max=5) - query_pos"), Paged()),
+    "slots of a vector all alike": ("every, slot // x, every, slot % x", "every, slot // x, every, slot * 0", Paged(
+        layout="vectorized")),
+    "list of the first sequence": ("args.kv_page_indices[args.kv_indptr[seq] :]", "args.kv_page_indices", Paged(
+        page_table="kv_indices")),
     "gqa modulo": ("k = keys.float().transpose(0, 1).repeat_interleave(gqa_ratio, 0)", (
         "k = keys.float().transpose(0, 1).repeat(gqa_ratio, 1, 1)"), Paged()),
     "scale of K for V": ("(args.v_cache, args.v_scale)", "(args.v_cache, args.k_scale)", Paged(kv_dtype="fp8_e4m3")),

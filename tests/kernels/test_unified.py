@@ -29,6 +29,15 @@ HONEST = {
     "fp16 queries, e5m2 cache": Paged(dtype="fp16", kv_dtype="fp8_e5m2", strided=True),
     "bf16 queries, e4m3 cache, classic": Paged(dtype="bf16", kv_dtype="fp8_e4m3", layout="vllm_classic"),
     "page 1": Paged(page_size=1),
+    "page 1, three dimensions": Paged(page_size=1, layout="linear_3d"),
+    "hnd, strided": Paged(layout="hnd", strided=True, page_size=24),
+    "vectorized": Paged(layout="vectorized", page_size=24, head_size_v=48),
+    "vectorized, strided, bf16": Paged(layout="vectorized", strided=True, dtype="bf16"),
+    "list of pages": Paged(page_table="kv_indices"),
+    "list of pages, page 1, an empty row": Paged(
+        page_table="kv_indices", page_size=1, query_lens=(5, 1, 3), context_lens=(30, -1, 2)
+    ),
+    "list of pages, page 544, vectorized": Paged(page_table="kv_indices", page_size=544, layout="vectorized"),
     "page 24, head 24, window": Paged(page_size=24, head_size=24, head_size_v=24, window=17),
     "page 544": Paged(page_size=544, head_size=80, head_size_v=96),
     "classic, page 32": Paged(page_size=32, layout="vllm_classic", head_size=96, head_size_v=96),
@@ -93,6 +102,12 @@ FAULTS = {
     "page table read behind the row": ("mask=cached, other=0)", "mask=key >= 0, other=0)", Paged(
         query_lens=(5,), context_lens=(30,))),
     "page of the first key": ("table_row + key // page_size", "table_row + key * 0", Paged()),
+    "slots of a vector all alike": ("v_stride_slot_lane, SLOT_VECTOR,\n", "0, SLOT_VECTOR,\n", Paged(
+        layout="vectorized")),
+    "list of the first sequence": ("kv_page_indices_ptr + first_entry", "kv_page_indices_ptr", Paged(
+        page_table="kv_indices")),
+    "length without the last page": ("tl.load(kv_last_page_len_ptr + seq), 0)", "page_size, 0)", Paged(
+        page_table="kv_indices", causal=False)),
     "gqa modulo": ("head = kv_head * gqa_ratio + row % gqa_ratio\n    context_len", (
         "head = kv_head + (row % gqa_ratio) * tl.num_programs(1)\n    context_len"), Paged()),
     "scale of K for V": ("v_scale = tl.load(v_scale_ptr)", "v_scale = tl.load(k_scale_ptr)", Paged(

@@ -44,7 +44,7 @@ class Fault(NamedTuple):
 PAGE = "page.to(tl.int64) * stride_page"
 OFFSET = "return offset + (dim // VECTOR) * stride_dim + (dim % VECTOR) * stride_lane"
 WHOLE = "(offset + (dim // VECTOR) * stride_dim + (dim % VECTOR) * stride_lane)"
-TORCH_PAGE = "page = args.block_table[seq, position // page_size].long()"
+TORCH_PAGE = "page = _pages(args, seq)[position // page_size].long()"
 TINY = {"boundary_target": "kv", "page_size": 16, "head_size": 16}
 READS = {
     "int32 page offset": Fault(

@@ -12,6 +12,7 @@ from harness.run.plant import NO_PLANT, PLANTS, Plant, find_plant
 from harness.run.run_case import Options, run_case
 
 KERNELS = find_kernels()
+LISTED = ("indptr-stale", "last-page-len", "indices-exchanged")  # faults of a list of pages
 MIXED = Rows("mixed", (5, 1, 3), (20, 33, 0))
 DECODE = Rows("decode", (1, 1), (20, 33))
 
@@ -40,12 +41,14 @@ OF_WRITERS = ("slot-", "table-")  # tests/run/test_writing.py, test_serving.py
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("name", [name for name in PLANTS if not name.startswith(OF_WRITERS)])
 def test_every_plant_gets_the_outcome_it_names(name: str, kernel: str) -> None:
-    plant = PLANTS[name]
-    planted = case(kernel, kv_dtype="fp8_e4m3")
-    if not plant.applies(planted, KERNELS[kernel].content):
-        assert (name, kernel) == ("decode-token-missing", "prefix_prefill")  # which finds no new token in the cache
+    plant, axes = PLANTS[name], {"kv_dtype": "fp8_e4m3"}
+    if name in LISTED and "kv_indices" in KERNELS[kernel].page_tables:
+        axes["page_table"] = "kv_indices"
+    planted = case(kernel, **axes)  # type: ignore[arg-type]
+    if not plant.applies(planted, KERNELS[kernel].content):  # one finds no new token in the cache, others take no list
+        assert (name, kernel) == ("decode-token-missing", "prefix_prefill") or (name in LISTED and len(axes) == 1)
         return
-    verdict = run(kernel, plant, kv_dtype="fp8_e4m3")
+    verdict = run(kernel, plant, **axes)
     assert verdict.outcome.value == plant.expected, verdict.reason
 
 
@@ -66,6 +69,21 @@ def test_every_plant_gets_the_outcome_it_names(name: str, kernel: str) -> None:
 def test_the_verdict_says_what_is_wrong(name: str, words: tuple[str, ...]) -> None:
     reason = run("chunked_prefill_paged_decode", PLANTS[name], kv_dtype="fp8_e4m3").reason
     assert all(word in reason for word in words), reason
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("indptr-stale", "kv_indptr: expected 2 at [1], got 1"),
+        ("last-page-len", "kv_last_page_len: expected 9 at [0], got 8"),
+        ("indices-exchanged", "kv_page_indices: expected the values that were built for this case"),
+        ("index-int64", "kv_indptr: expected int32 (the contract of unified_paged), got int64"),
+    ],
+)
+def test_a_fault_of_a_list_of_pages_is_a_test_bug_and_unchecked_a_failure(name: str, words: str) -> None:
+    assert words in run("unified_paged", PLANTS[name], page_table="kv_indices").reason
+    unchecked = run("unified_paged", PLANTS[name], checks=False, page_table="kv_indices")
+    assert unchecked.outcome is (Outcome.PASS if name == "index-int64" else Outcome.FAIL)
 
 
 def test_unchecked_a_missing_decode_token_fails_in_exactly_the_decode_row() -> None:

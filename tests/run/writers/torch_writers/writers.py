@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from harness.cache.layouts import as_stored, by_slot
+from harness.cache.layouts import Slots, by_slot
 from harness.cache.quantise import bits_of
 from harness.kernel.writer import WriterArguments
 
@@ -21,9 +21,9 @@ def divided(values: torch.Tensor, descale: torch.Tensor) -> torch.Tensor:
 def store(args: WriterArguments, slots: torch.Tensor, quantise: Quantise = divided) -> None:
     """Token i goes to slots[i], int64 [num_tokens]; negative ones nowhere."""
     token = (slots >= 0).nonzero()[:, 0]
+    size = page_size_of(args)
+    page, offset = slots[token] // size, slots[token] % size
     for new, cache, kind in ((args.k, args.k_cache, 0), (args.v, args.v_cache, 1)):
-        memory = by_slot(cache, args.layout)
-        page, offset = slots[token] // memory.shape[1], slots[token] % memory.shape[1]
         values = new[token]  # [n, heads, dim]
         if args.kv_dtype != "auto":
             descale = (args.k_scale, args.v_scale)[kind]
@@ -31,7 +31,16 @@ def store(args: WriterArguments, slots: torch.Tensor, quantise: Quantise = divid
                 descale = args.kv_block_descale[page, :, kind, None]
             largest = torch.finfo(cache.dtype).max
             values = quantise(values, descale).clamp(-largest, largest).to(cache.dtype)
-        bits_of(memory)[page, offset] = as_stored(bits_of(values.contiguous()), memory)
+        memory(args)[kind].store(page, offset, bits_of(values.contiguous()))
+
+
+def memory(args: WriterArguments) -> tuple[Slots, Slots]:
+    """K and V as integers, by token."""
+    return by_slot(bits_of(args.k_cache), args.layout, "k"), by_slot(bits_of(args.v_cache), args.layout, "v")
+
+
+def page_size_of(args: WriterArguments) -> int:
+    return args.k_cache.shape[1 if args.layout == "linear_nhd" else 3]  # of the layouts that are tried here
 
 
 def torch_writer(args: WriterArguments) -> None:
@@ -102,15 +111,15 @@ def slots_exchanged(args: WriterArguments) -> None:
 def padding_stored(args: WriterArguments) -> None:
     """-1 as Python counts: the last slot of the pool gets a number."""
     k, v = (new.nan_to_num(0.5) for new in (args.k, args.v))
-    slots_in_pool = args.k_cache.shape[0] * by_slot(args.k_cache, args.layout).shape[1]
-    store(replace(args, k=k, v=v), args.slot_mapping % slots_in_pool)
+    store(replace(args, k=k, v=v), args.slot_mapping % (args.k_cache.shape[0] * page_size_of(args)))
 
 
 def head_skipped(args: WriterArguments) -> None:
-    head = by_slot(args.k_cache, args.layout)[:, :, -1].clone(), by_slot(args.v_cache, args.layout)[:, :, -1].clone()
+    """For linear_nhd."""
+    kept = [slots.view[:, :, -1].clone() for slots in memory(args)]
     torch_writer(args)
-    for cache, kept in ((args.k_cache, head[0]), (args.v_cache, head[1])):
-        bits_of(by_slot(cache, args.layout))[:, :, -1] = bits_of(kept)
+    for slots, head in zip(memory(args), kept, strict=True):
+        slots.view[:, :, -1] = head
 
 
 def k_for_v(args: WriterArguments) -> None:
@@ -118,10 +127,9 @@ def k_for_v(args: WriterArguments) -> None:
 
 
 def page_cleaned(args: WriterArguments) -> None:
-    """Zeroes the slots behind the token of the last page it stores to."""
-    memory = by_slot(args.k_cache, args.layout)
-    page = int(args.slot_mapping[0]) // memory.shape[1]
-    bits_of(memory)[page, int(args.slot_mapping[0]) % memory.shape[1] + 1 :] = 0
+    """For linear_nhd: zeroes the slots behind the first token that it stores, on the same page."""
+    page, offset = divmod(int(args.slot_mapping[0]), page_size_of(args))
+    memory(args)[0].view[page, offset + 1 :] = 0
     torch_writer(args)
 
 
