@@ -75,18 +75,18 @@ def _edge_values(problem: Problem, which: str) -> torch.Tensor:
     if case.kv_dtype == "auto":
         least = float(torch.finfo(dtype.torch).smallest_normal)
         units = torch.tensor([0.0, -0.0, least, least / 4, -least / 4, dtype.largest, -dtype.largest, float("inf")])
-    else:
-        units = _halfway(stored)
-    index = torch.arange(heads * dim) * 5 % len(units)  # 5: neighbours in memory are no neighbours of the type
-    values = units[index].view(1, heads, dim).to(like.device)
-    if case.kv_dtype != "auto":
-        values = (values * problem.descale(which)).clamp(-dtype.largest, dtype.largest)
-    return values.to(dtype.torch)
+        index = torch.arange(heads * dim) % len(units)
+        return units[index].view(1, heads, dim).to(like.device, dtype.torch)
+    halfway, beyond = _halfway(stored), torch.tensor(_BEYOND) * stored.largest
+    step = max(len(halfway) // (heads * dim), 1)
+    units = halfway[torch.arange(heads * dim) * step % len(halfway)]
+    units[::8] = beyond[torch.arange(len(units[::8])) % len(beyond)]  # a few, in every row of a head
+    values = units.view(1, heads, dim).to(like.device) * problem.descale(which)
+    return values.clamp(-dtype.largest, dtype.largest).to(dtype.torch)
 
 
 def _halfway(stored: ElementType) -> torch.Tensor:
-    """float32: halfway between neighbours among the numbers of an 8-bit type, of both signs, and _BEYOND its range."""
+    """float32: halfway between neighbours among the numbers of an 8-bit type, of both signs."""
     codes = torch.arange(256, dtype=torch.uint8).view(stored.torch).to(torch.float32)
     numbers = torch.tensor(sorted(set(codes[codes.isfinite()].tolist())))
-    beyond = torch.tensor(_BEYOND) * stored.largest
-    return torch.cat([(numbers[1:] + numbers[:-1]) / 2, beyond])
+    return (numbers[1:] + numbers[:-1]) / 2

@@ -88,7 +88,7 @@ WRONG = {  # writer: axes, and words of the reason
     "descales_exchanged": ({}, ("divided by the descale of the other tensor",)),
     "toward_zero": ({}, ("rounded toward zero",)),
     "ties_away": ({"dtype": "fp32"}, ("values at the edges", "ties are not rounded to even")),
-    "no_saturation": ({}, ("values at the edges", "not held at +-448", "holds nan instead of -448")),
+    "no_saturation": ({}, ("values at the edges", "not held at +-448", "holds nan instead of 448")),
     "twice_rounded": ({}, ("rounded to the wrong neighbour",)),
     "next_slot": ({}, ("token 0 (sequence 0, position 20)", "slot 20", "was not stored")),
     "token_skipped": ({}, ("token 0 (sequence 0, position 20)", "was not stored")),
