@@ -3,6 +3,7 @@
 attnreg run [pytest arguments]     run matrices (the same as `pytest cases ...`)
 attnreg check [matrices]           load and expand matrices, report every mistake
 attnreg audit [matrices]           how well cases see the faults their matrix lists; 1 if one is blind
+attnreg dispatch [matrices]        which device kernel each case goes to, here or on --platform; 1 if one never does
 attnreg kernels                    list kernels and their contracts
 attnreg plants                     list set-up faults for --plant
 attnreg schema                     print the JSON Schema of a matrix
@@ -40,6 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     _take_kernels(audit)
     audit.add_argument("--workers", type=_count, default=2, metavar="N", help="processes (default: 2)")
     audit.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where references are computed")
+    dispatch = commands.add_parser("dispatch", help="which device kernel each case goes to, without running them")
+    dispatch.add_argument("paths", nargs="*", type=Path, default=[PROJECT / "cases"])
+    dispatch.add_argument("--platform", default="", metavar="ARCH", help="e.g. gfx942 (default: the kernels of here)")
+    dispatch.add_argument("--tier", choices=TIERS, default="smoke", help="tier of the matrices (default: smoke)")
+    dispatch.add_argument("--every-case", action="store_true", help="name every case")
+    _take_kernels(dispatch)
     _take_kernels(commands.add_parser("kernels", help="list kernels and their contracts"))
     commands.add_parser("plants", help="list the set-up faults that --plant injects")
     commands.add_parser("schema", help="print the JSON Schema of a matrix")
@@ -51,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return {
             "check": lambda: _check(options.paths, options.kernels),
             "audit": lambda: _audit(options),
+            "dispatch": lambda: _dispatch(options),
             "kernels": lambda: _kernels(options.kernels),
             "plants": _plants,
             "schema": _schema,
@@ -76,6 +84,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _check(paths: Sequence[Path], folders: Sequence[Path]) -> int:
+    from harness.dispatch.stated import check_statements
     from harness.items import matrix_files
     from harness.matrix.loading import load
 
@@ -83,15 +92,18 @@ def _check(paths: Sequence[Path], folders: Sequence[Path]) -> int:
     for path in matrix_files(paths):
         try:
             matrix = load(path, kernel_names=kernels, writer_names=writers_of(kernels))
-            counts = {
-                tier: len(matrix.expand(tier, supported=lambda case: kernels[case.kernel].unsupported(case)).cases)
+            cases = {
+                tier: matrix.expand(tier, supported=lambda case: kernels[case.kernel].unsupported(case)).cases
                 for tier in TIERS
             }
+            check_statements(matrix, kernels, [case for several in cases.values() for case in several])
         except AttnregError as error:
             sys.stderr.write(f"{error}\n")
             mistakes += 1
             continue
-        sys.stdout.write(f"{matrix.name:<24} " + "  ".join(f"{tier} {count}" for tier, count in counts.items()) + "\n")
+        sys.stdout.write(
+            f"{matrix.name:<24} " + "  ".join(f"{tier} {len(several)}" for tier, several in cases.items()) + "\n"
+        )
     return 2 if mistakes else 0
 
 
@@ -129,6 +141,25 @@ def _audit(options: argparse.Namespace) -> int:
         data = {"tier": options.tier, "cases": [row.to_data() for row in rows]}
         options.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     return int(any(row.blind for row in rows))
+
+
+def _dispatch(options: argparse.Namespace) -> int:
+    from harness.dispatch.sweep import sweep
+    from harness.items import matrix_files
+    from harness.matrix.loading import load
+    from harness.report.dispatch import render_sweeps
+
+    kernels = find_kernels(options.kernels)
+    matrices = [load(path, kernel_names=kernels) for path in matrix_files(options.paths)]
+    expansions = [m.expand(options.tier, supported=lambda c: kernels[c.kernel].unsupported(c)) for m in matrices]
+    cases = [case for one in expansions for case in one.cases]
+    unreached = [one for m in matrices for one in m.unreached if options.tier in one.tiers]
+    found = sweep(cases, kernels, unreached, options.platform)
+    if not found:
+        where = f"on {options.platform}" if options.platform else "here"
+        raise UsageError(f"nothing to choose: no kernel with a case in tier {options.tier} has a dispatch {where}")
+    sys.stdout.write(render_sweeps(found, every_case=options.every_case))
+    return int(any(one.unreached for one in found))
 
 
 def _kernels(folders: Sequence[Path]) -> int:

@@ -123,4 +123,9 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 def pytest_sessionfinish(session: pytest.Session) -> None:
     facts = session.config.stash[SESSION]
     if facts.is_worker:
-        vars(session.config)["workeroutput"][COVERAGE] = (facts.coverage, facts.num_deselected, facts.narrowed)
+        vars(session.config)["workeroutput"][COVERAGE] = (
+            facts.coverage,
+            facts.explained,
+            facts.num_deselected,
+            facts.narrowed,
+        )

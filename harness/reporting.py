@@ -7,14 +7,16 @@ left none is ERROR in the end, unless the run was told to stop early, which it t
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from harness.errors import AttnregError
-from harness.items import MatrixItem
+from harness.items import MatrixItem, is_matrix
 from harness.run.outcome import Outcome, Verdict
 from harness.session import Session
 from harness.store.environment import environment
@@ -25,6 +27,7 @@ from harness.store.tightness import DECISIVE_TIERS, not_tight
 if TYPE_CHECKING:
     from harness.matrix import Expansion
     from harness.report.summary import CoverageLine
+    from harness.store.branches import Reach
 
 _YAML = (".yaml", ".yml")
 COVERAGE = "attnreg_coverage"
@@ -89,7 +92,7 @@ class Reporting:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Neither a run in which nothing ran is green, nor one under a numerics profile too loose to test anything."""
+        """No run is green in which nothing ran, whose numerics profiles are too loose, or that missed a path."""
         if self.session.config.getoption("--collect-only"):
             return
         self._account(session)
@@ -97,7 +100,9 @@ class Reporting:
         self.nothing_ran = self._nothing_ran(int(session.exitstatus))
         if self.nothing_ran:
             session.exitstatus = pytest.ExitCode.USAGE_ERROR
-        elif decisive and session.exitstatus == pytest.ExitCode.OK and not_tight(self.records):
+        elif session.exitstatus == pytest.ExitCode.OK and (
+            (decisive and not_tight(self.records)) or any(one.wrong for one in self._reach())
+        ):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def _account(self, session: pytest.Session) -> None:
@@ -155,6 +160,7 @@ class Reporting:
             str(self._shown(self.log.latest)),
             width=max(80, min(writer.fullwidth, 120)),
             color=writer.hasmarkup,
+            reach=self._reach(),
         )
         terminalreporter.ensure_newline()
         writer.write(text)
@@ -166,8 +172,10 @@ class Reporting:
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
         """Workers collect, the controller does not: they send what they know of coverage."""
-        coverage, num_deselected, narrowed = getattr(node, "workeroutput", {}).get(COVERAGE, ({}, 0, False))
+        known = getattr(node, "workeroutput", {}).get(COVERAGE, ({}, {}, 0, False))
+        coverage, explained, num_deselected, narrowed = known
         self.session.coverage.update(coverage)
+        self.session.explained.update(explained)
         self.session.num_deselected = max(self.session.num_deselected, num_deselected)
         self.session.narrowed |= narrowed
 
@@ -188,6 +196,23 @@ class Reporting:
             elif (expansion := self._expanded(next(iter(paths.values())))) is not None:
                 lines[name] = CoverageLine(expansion.describe_part(paths), complete=False, total=total)
         return lines
+
+    def _reach(self) -> list[Reach]:
+        """How the cases that ran spread over the dispatches of their kernels."""
+        from harness.store.branches import reach
+
+        kernels = self.session.kernels.items()
+        branches = {name: one.dispatch.branches for name, one in kernels if one.dispatch is not None}
+        explained = chain.from_iterable(self.session.explained.values())
+        return reach(self.records, branches, explained, complete=self._everything_ran())
+
+    def _everything_ran(self) -> bool:
+        """Whether all cases of all matrices beside those of this run were run, as they are."""
+        ran = Counter(record.matrix for record in self.records)
+        read = {Path(path) for path in self.session.explained}
+        beside = {path for folder in {path.parent for path in read} for path in folder.iterdir() if is_matrix(path)}
+        whole = all(ran[name] >= total for name, (_, total) in self.session.coverage.items())
+        return whole and beside <= read and self.session.plant is None
 
     def _expanded(self, path: str) -> Expansion | None:
         """The cases of the matrix at `path`; None where it was changed since it was collected: nothing is claimed."""

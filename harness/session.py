@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from harness.case import Case
+from harness.dispatch.stated import check_statements
 from harness.errors import UsageError
 from harness.kernel.contract import Contract
 from harness.kernel.registry import find_kernels, writers_of
@@ -54,6 +55,7 @@ class Session:
     kernels: Mapping[str, Contract]
     where: Where | None
     coverage: dict[str, tuple[str, int]] = field(default_factory=dict)  # by matrix name: in words, and number of cases
+    explained: dict[str, list[tuple[str, str, str]]] = field(default_factory=dict)  # by path: kernel, branch, because
     num_deselected: int = 0  # by --where or --plant
     narrowed: bool = False  # by pytest's own selection
     expanded: dict[Path, tuple[Matrix, Expansion]] = field(default_factory=dict)
@@ -105,23 +107,32 @@ class Session:
         if path not in self.expanded:
             matrix = load(path, kernel_names=self.kernels, writer_names=writers_of(self.kernels))
             expansion = matrix.expand(self.tier, supported=self.unsupported)
-            self._check_expectations(matrix, expansion)
+            self._check_conditions(matrix, expansion)
             self.coverage[matrix.name] = expansion.describe(), len(expansion.cases)
+            self.explained[str(path)] = [
+                (one.kernel, one.branch, one.because) for one in matrix.unreached if self.tier in one.tiers
+            ]
             self.expanded[path] = matrix, expansion
         return self.expanded[path]
 
-    def _check_expectations(self, matrix: Matrix, expansion: Expansion) -> None:
-        """MatrixError for an expectation that hides nothing any more: of no case in any tier, or expired unnoticed."""
-        everywhere: list[Case] = []
+    def _check_conditions(self, matrix: Matrix, expansion: Expansion) -> None:
+        """MatrixError for an expectation that hides nothing any more: of no case in any tier, or expired unnoticed.
+
+        And for statements about dispatch that no case meets or that contracts refute.
+        """
+
+        @functools.cache
+        def everywhere() -> list[Case]:
+            return [c for t in TIERS for c in matrix.expand(t, supported=self.unsupported).cases]
+
+        check_statements(matrix, self.kernels, expansion.cases, everywhere)
         for expectation in matrix.expectations:
             if any(expectation.where.evaluate(case) for case in expansion.cases):
                 continue  # the cases it meets say so themselves if it has expired
-            if not everywhere:
-                everywhere = [c for t in TIERS for c in matrix.expand(t, supported=self.unsupported).cases]
             what = None
             if expectation.expired(datetime.date.today()):
                 what = f"this expectation expired on {expectation.until.isoformat()}: look at {expectation.issue} again"
-            elif not any(expectation.where.evaluate(case) for case in everywhere):
+            elif not any(expectation.where.evaluate(case) for case in everywhere()):
                 what = f"this expectation meets no case of any tier: '{expectation.where.text}'"
             if what is not None:
                 matrix.source.add(Mistake(Span(expectation.line, 1), what))
@@ -206,8 +217,13 @@ class Session:
         """The options of this session, with what `matrix` demands."""
         from harness.run.observe import Demand
 
-        demand = Demand(matrix.must_see, matrix.margin)
-        return replace(self.options, demand=demand, twins=matrix.twins, noise_floor=matrix.noise_floor)
+        return replace(
+            self.options,
+            demand=Demand(matrix.must_see, matrix.margin),
+            twins=matrix.twins,
+            noise_floor=matrix.noise_floor,
+            must_run=matrix.must_run,
+        )
 
     @property
     def named_plugin(self) -> str:

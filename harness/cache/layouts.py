@@ -38,7 +38,9 @@ def storage_shape(
     layout: str, which: str, shape: tuple[int, ...], stored: ElementType, strided: bool
 ) -> tuple[int, ...]:
     """Shape of the compact storage that a cache of `shape` is cut from the beginning of."""
-    return tuple(n + gap for n, gap in zip(shape, _gaps(layout, which, stored), strict=True)) if strided else shape
+    if not strided:
+        return shape
+    return tuple(n + gap for n, gap in zip(shape, _gaps(layout, which, stored), strict=True))
 
 
 @dataclass(frozen=True)

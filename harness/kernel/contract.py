@@ -6,13 +6,14 @@ whatever a contract does not admit is UNSUPPORTED, with the clause that says so,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from harness.cache.content import Content
 from harness.case import Case
+from harness.dispatch.predicate import Predicate
 from harness.kernel.clauses import first_clause, wrong_words
 from harness.kernel.numerics import NumericsProfile
 from harness.kernel.over_read import OverRead
@@ -59,7 +60,8 @@ class Contract:
     over_reads: tuple[OverRead, ...] = ()  # known ones: provided, and nothing else is
     returns_lse: bool = True
     launches: tuple[str, ...] = ()  # names of the device kernels it may launch; () where they cannot be observed
-    takes: Callable[[Case], frozenset[str]] | None = None  # those that a case must launch; None: all of `launches`
+    dispatch: Predicate[Any] | None = None  # which of them a case must launch; None: all of `launches`
+    elsewhere: tuple[Predicate[Any], ...] = ()  # how the engine it stands for chooses on platforms that are not at hand
     needs: tuple[str, ...] = ()  # importable modules beyond torch, e.g. ("triton",)
     install_hint: str = ""  # one line: what to install when `needs` is not met
     numerics: NumericsProfile = field(default_factory=NumericsProfile)
@@ -77,6 +79,8 @@ class Contract:
             known = (one for one in Content if one is not Content.WRITTEN)
             yield f"content is {', '.join(map(str, known))}, not {content!r}"
         yield from wrong_words(self, {"features": frozenset(FEATURES), "arithmetic_by": frozenset(TWIN_AXES)})
+        if self.dispatch is not None and (foreign := sorted(self.dispatch.every_kernel - set(self.launches))):
+            yield f"dispatch leads to {foreign[0]}, which launches does not name"
         if self.window_pages not in ("live", "dead"):
             yield f"window_pages is live or dead, not {self.window_pages!r}"
 
@@ -90,7 +94,8 @@ class Contract:
 
     def must_launch(self, case: Case) -> frozenset[str]:
         """The device kernels without which `case` did not take the path it is for."""
-        return frozenset(self.launches) if self.takes is None else self.takes(case)
+        decided = None if self.dispatch is None else self.dispatch.of(case)
+        return frozenset(self.launches if decided is None else decided.kernels)
 
     def unsupported(self, case: Case) -> str | None:
         """The clause of this contract that `case` is outside of, or None where the case is admitted."""

@@ -172,9 +172,15 @@ def _which_ran(contract: AnyContract, case: Case, ran: tuple[str, ...]) -> list[
         return ["no device kernel was launched: whatever the output holds, this kernel did not write it"]
     foreign = [name for name in ran if name not in contract.launches]
     missing = sorted(contract.must_launch(case) - set(ran))
-    return [f"launched {name}, which the contract of {contract.name} does not name" for name in foreign] + [
-        f"did not launch {name}, which the contract of {contract.name} says this case takes" for name in missing
-    ]
+    dispatch = None if isinstance(contract, WriterContract) else contract.dispatch
+    decided = None if dispatch is None else dispatch.of(case)
+    told = [f"launched {name}, which the contract of {contract.name} does not name" for name in foreign]
+    if dispatch is None or decided is None:
+        return told + [f"did not launch {name}, as the contract of {contract.name} says it does" for name in missing]
+    astray = sorted((dispatch.every_kernel - {*decided.kernels}) & set(ran))
+    why = f"against its dispatch '{dispatch.name}': {decided.because}"
+    told += [f"did not launch {name}, {why}" for name in missing]
+    return told + [f"launched {name}, {why}" for name in astray]
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import Any
 from harness.matrix.axes import AXES, TWIN_AXES, Number, Vocabulary
 from harness.matrix.checking import check_tier
 from harness.matrix.conditions import read_expectations, read_rules
+from harness.matrix.dispatching import read_must_run, read_unreached
 from harness.matrix.matrix import FAULTS, NOISE_FLOORS, Matrix, Values
 from harness.matrix.reading import Entries, Reader
 from harness.matrix.rows import SHARED_ROWS, RowMix, parse_mixes
@@ -33,6 +34,8 @@ KEYS: Mapping[str, str] = {
     "legacy_tolerance": "{atol, rtol} of another test suite: attnreg audit measures with it, runs do not",
     "noise_floor": "report or fail: compare each case's error with that of its twin with one page per sequence",
     "twins": "axes in which the twin of each case, with another value, must give the same bits",
+    "must_run": "the device kernels that cases meeting a condition launch; another one is a silent fallback",
+    "unreached": "branches of a kernel's dispatch that the sweep leaves out, each with a reason",
     "tiers": "which cases run when",
     "expect": "known failures, each with a reason, a link and a date",
 }
@@ -92,6 +95,8 @@ class _Loader(Reader):
         expectations = tuple(read_expectations(self, entries))
         margin, legacy_tolerance = self._margin(entries), self._legacy_tolerance(entries)
         noise_floor, twins = self._noise_floor(entries), self._twins(entries)
+        must_run = tuple(read_must_run(self, entries))
+        unreached = tuple(read_unreached(self, entries))
         self.source.finish()
         matrix = Matrix(
             path,
@@ -107,6 +112,8 @@ class _Loader(Reader):
             margin,
             legacy_tolerance,
             twins,
+            must_run,
+            unreached,
             noise_floor,
         )
         noted: set[Span] = set()

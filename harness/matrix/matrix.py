@@ -54,6 +54,27 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class MustRun:
+    """Cases that meet `where` launch the device kernel `kernel`."""
+
+    where: Where
+    kernel: str
+    span: Span
+
+
+@dataclass(frozen=True)
+class Unreached:
+    """A branch of the dispatch of `kernel` that the sweep does not take in `tiers`, and why not."""
+
+    kernel: str
+    branch: str
+    because: str
+    tiers: tuple[str, ...]
+    kernel_span: Span
+    branch_span: Span
+
+
+@dataclass(frozen=True)
 class Entry:
     """One element of `list` or `also`: what it says of the axes, multiplied out over what it lists."""
 
@@ -93,6 +114,8 @@ class Matrix:
     margin: float = 8.0  # tolerances by which the effect of a fault of must_see shows
     legacy_tolerance: tuple[float, float] | None = None  # atol, rtol of another suite; attnreg audit measures with it
     twins: tuple[str, ...] = ()  # of TWIN_AXES: a case's twin with another value must leave the same bits
+    must_run: tuple[MustRun, ...] = ()
+    unreached: tuple[Unreached, ...] = ()
     noise_floor: str = "off"  # off, or one of NOISE_FLOORS: what an error elevated over that of a case's twin ends in
 
     @property

@@ -12,6 +12,7 @@ import json
 
 from harness.matrix.axes import ALIASES, AXES, TWIN_AXES, Schema, axis_name
 from harness.matrix.conditions import EXPECT_KEYS
+from harness.matrix.dispatching import MUST_RUN_KEYS, UNREACHED_KEYS, UNREACHED_TIERS
 from harness.matrix.expect import EXPECTABLE
 from harness.matrix.loading import KEYS, LEGACY_KEYS, REQUIRED_KEYS
 from harness.matrix.matrix import FAULTS, NOISE_FLOORS, TIERS
@@ -36,6 +37,13 @@ def build() -> Schema:
         "legacy_tolerance": _object({key: {"type": "number", "minimum": 0} for key in LEGACY_KEYS}, list(LEGACY_KEYS)),
         "noise_floor": {"enum": list(NOISE_FLOORS)},
         "twins": _many({"enum": list(TWIN_AXES)}),
+        "must_run": _many(_object(dict.fromkeys(MUST_RUN_KEYS, _TEXT), list(MUST_RUN_KEYS))),
+        "unreached": _many(
+            _object(
+                dict.fromkeys(UNREACHED_KEYS, _TEXT) | {UNREACHED_TIERS: _one_or_many({"enum": list(TIERS)})},
+                list(UNREACHED_KEYS),
+            )
+        ),
         "tiers": _object({tier: {"$ref": "#/definitions/tier"} for tier in TIERS}, []),
         "expect": _many({"$ref": "#/definitions/expectation"}),
     }
@@ -66,6 +74,10 @@ def _object(properties: dict[str, Schema], required: list[str]) -> Schema:
 
 def _many(element: Schema) -> Schema:
     return {"type": "array", "items": element, "minItems": 1}
+
+
+def _one_or_many(element: Schema) -> Schema:
+    return {"anyOf": [element, _many(element)]}
 
 
 def _axes(*, several: bool, single: bool) -> Schema:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from harness.report.failure import failure_lines, one_line, outcome_style
 from harness.report.lines import WIDTH, Line, Span, labelled, line, wrap
 from harness.run.outcome import Outcome
+from harness.store.branches import Reach
 from harness.store.record import Header, Record
 from harness.store.tally import MatrixTally, Totals, tally_matrices, tally_totals
 from harness.store.tightness import not_tight
@@ -54,8 +55,9 @@ def summary_lines(
     coverage: Mapping[str, CoverageLine],
     log_path: str = LATEST,
     width: int = WIDTH,
+    reach: Sequence[Reach] = (),
 ) -> list[Line]:
-    """The table, what was planted, and the totals. coverage: by matrix name."""
+    """The table, branches of dispatches, what was planted, and the totals. coverage: by matrix name."""
     lines = _table(tally_matrices(records), coverage)
     if header.options.get("no_contract_checks"):
         lines += labelled(
@@ -65,6 +67,8 @@ def summary_lines(
         lines += labelled("untraced", ["what kernels read was not held against their contracts"], width, "bold magenta")
     if header.plants:
         lines += labelled("planted", [", ".join(header.plants)], width, "bold magenta")
+    for one in reach:
+        lines += labelled("dispatch", [f"{one.kernel}: {one.text}"], width, "yellow" if one.wrong else "")
     for profile in not_tight(records):
         lines += labelled("numerics", [f"{profile.kernel} {profile.dtype}: {profile.text}"], width, "yellow")
     return lines + _totals(tally_totals(records), log_path, width)

@@ -11,6 +11,7 @@ from rich.text import Text
 from harness.report.failure import failure_lines
 from harness.report.lines import WIDTH, Line, to_text
 from harness.report.summary import LATEST, MAX_BLOCKS, CoverageLine, failures_lines, summary_lines
+from harness.store.branches import Reach
 from harness.store.record import Header, Record
 
 
@@ -43,9 +44,10 @@ def render_run(
     *,
     width: int = WIDTH,
     color: bool = False,
+    reach: Sequence[Reach] = (),
 ) -> str:
     """Failures, then the summary, ending with a line break; `color` adds ANSI colours and nothing else."""
-    lines = [*failures_lines(records, width=width), *summary_lines(records, header, coverage, log_path, width)]
+    lines = [*failures_lines(records, width=width), *summary_lines(records, header, coverage, log_path, width, reach)]
     if not color:
         return to_text(lines) + "\n"
     written = io.StringIO()

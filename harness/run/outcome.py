@@ -44,3 +44,4 @@ class Verdict:
     law: str = ""  # the data law that was taken, where the case left the choice open
     memory: dict[str, Any] | None = None  # of the KV cache: pool (dense, aliased), bytes of addresses and of memory
     tighter_err_over_tol: float | None = None  # of out, were P rounded one step more finely; ordinary data only
+    branch: str = ""  # of the kernel's dispatch that the case took; "" where it has none, or nothing was launched

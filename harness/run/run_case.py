@@ -16,6 +16,7 @@ import torch
 
 from harness.cache.effective import effective_kv
 from harness.case import Case
+from harness.dispatch.stated import fallbacks, refuted
 from harness.errors import (
     KernelNotFound,
     KernelRaised,
@@ -31,6 +32,7 @@ from harness.kernel.contract import Contract
 from harness.kernel.failures import memory_shortage
 from harness.kernel.launch import LaunchResult, input_tensors, launch
 from harness.kernel.registry import code_home, load_entry
+from harness.matrix.matrix import MustRun
 from harness.oracle.findings import AccessFindings
 from harness.oracle.finer import finer_tolerance
 from harness.oracle.judge import judge
@@ -73,6 +75,7 @@ class Options:
     twice: bool = False  # launch once more in another order of programs, and compare bits
     twins: tuple[str, ...] = ()  # axes in which a twin of the case must leave the same bits
     noise_floor: str = "off"  # off | report | fail: whether errors are compared with those of a case's twin
+    must_run: tuple[MustRun, ...] = ()  # what the matrix states of the device kernels that run
 
 
 @dataclass
@@ -106,6 +109,8 @@ def run_case(case: Case, contract: Contract, options: Options) -> Verdict:
     if clause := contract.unsupported(case):
         return Verdict(Outcome.UNSUPPORTED, clause)
     case = options.plant.case(_reseeded(case, options))
+    if why := refuted(case, contract, options.must_run):  # other seeds than the matrix's may draw another batch
+        return Verdict(Outcome.TEST_BUG, f"before launch: {why}")
     device = resolve_device(options.device)
     watch = Stopwatch(device)
     law = ""
@@ -220,6 +225,8 @@ def _launched(contract: Contract, setup: Setup, options: Options, watch: Stopwat
         with watch.phase("access"):
             access = judge_launch(contract, setup, result, untraced)
         with watch.phase("judge"):
+            astray = fallbacks(case, contract, options.must_run, result.ran)
+            result = replace(result, violations=(*astray, *result.violations))
             verdict = _verdict(contract, setup, inputs, reference, allowed, result, access)
         if options.twice and verdict.outcome is Outcome.PASS:
             with watch.phase("again"):
@@ -262,6 +269,7 @@ def _verdict(
     )
     findings = with_gains(replace(findings, access=access), contract, setup, inputs)
     tensors = {t.name: t.err_over_tol for t in findings.tensors}
+    decided = None if contract.dispatch is None else contract.dispatch.of(case)
     verdict = Verdict(
         Outcome.PASS,
         "",
@@ -270,6 +278,7 @@ def _verdict(
         lse_err_over_tol=tensors.get("lse"),
         z=findings.gains.z if findings.gains.num_statistics else None,
         access=access.state,
+        branch=decided.branch if decided is not None else "",
     )
     if findings.clean:
         return replace(verdict, tighter_err_over_tol=_tighter(contract, setup, reference))

@@ -15,7 +15,7 @@ from harness.errors import AttnregError
 from harness.run.outcome import Outcome, Verdict
 from harness.store.plain import as_float, dump_line, plain_dict
 
-FORMAT_VERSION = 3  # raise it whenever a field of Record or Header is added, removed or changes its meaning
+FORMAT_VERSION = 4  # raise it whenever a field of Record or Header is added, removed or changes its meaning
 
 
 class MalformedRecord(AttnregError):
@@ -50,6 +50,7 @@ class Record:
     access: str = ""  # as in harness.run.outcome
     law: str = ""  # the data law that was taken for `data: auto`
     memory: dict[str, Any] | None = None  # of the KV cache, as in harness.run.outcome
+    branch: str = ""  # as in harness.run.outcome
 
     @classmethod
     def of(
@@ -89,6 +90,7 @@ class Record:
             access=verdict.access,
             law=verdict.law,
             memory=verdict.memory,
+            branch=verdict.branch,
         )
 
     def to_json(self) -> str:

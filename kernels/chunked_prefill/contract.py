@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from harness.cache.content import Content, is_decode
 from harness.case import Case
+from harness.dispatch.predicate import Clause, Predicate
+from harness.dispatch.rocm import GFX1X_PAGED_ATTENTION, GFX9_PAGED_ATTENTION
 from harness.kernel.contract import Contract
 from harness.kernel.numerics import NumericsProfile
 
@@ -19,12 +21,21 @@ _LAYOUTS = frozenset({"linear_nhd", "hnd", "vllm_classic"})
 _INSTALL = "Install triton 3.6 or newer; on a CPU it runs under the interpreter (TRITON_INTERPRET=1)."
 
 
-def _takes(case: Case) -> frozenset[str]:
-    """By phase: the prefill kernel where a row is prefill, the decode kernel where one is decode."""
-    prefill = {"prefix_prefill_kernel"} if any(not is_decode(q) for q in case.rows.query_lens) else set()
-    decode = {"paged_decode_kernel"} if any(is_decode(q) for q in case.rows.query_lens) else set()
-    return frozenset(prefill | decode)
+def _query_lens(case: Case, platform: str) -> tuple[int, ...]:
+    return case.rows.query_lens
 
+
+# paged_decode_kernel is launched for every batch, as only the device knows which rows are decode rows.
+_BY_PHASE: Predicate[tuple[int, ...]] = Predicate(
+    "rows",
+    _query_lens,
+    (
+        Clause("prefill", "no row is prefill", lambda lens: max(lens) > 1, kernels=("paged_decode_kernel",)),
+        Clause("decode", "no row is decode", lambda lens: any(is_decode(n) for n in lens)),
+    ),
+    kernels=("prefix_prefill_kernel", "paged_decode_kernel"),
+    otherwise=("prefix_prefill_kernel", "paged_decode_kernel"),
+)
 
 KERNELS: tuple[Contract, ...] = (
     Contract(
@@ -59,7 +70,8 @@ KERNELS: tuple[Contract, ...] = (
         features=_PREFILL_TOO,
         layouts=_LAYOUTS,
         launches=("prefix_prefill_kernel", "paged_decode_kernel"),
-        takes=_takes,
+        dispatch=_BY_PHASE,
+        elsewhere=(GFX9_PAGED_ATTENTION, GFX1X_PAGED_ATTENTION),
         needs=("triton",),
         install_hint=_INSTALL,
         numerics=_PREFILL,

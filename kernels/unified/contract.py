@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from harness.cache.content import Content
 from harness.case import Case
+from harness.dispatch.predicate import Clause, Predicate
 from harness.kernel.contract import Contract
 from harness.kernel.numerics import NumericsProfile
 
@@ -13,10 +14,13 @@ _FEATURES = frozenset({
 })  # fmt: skip
 
 
-def _takes(case: Case) -> frozenset[str]:
-    split = {"split_kv_combine_kernel"} if case.num_splits is not None else set()
-    return frozenset({"unified_paged_kernel"} | split)
-
+_SPLIT: Predicate[Case] = Predicate(
+    "split_kv",
+    lambda case, platform: case,
+    (Clause("splits", "no num_splits is given", lambda case: case.num_splits is not None),),
+    kernels=("unified_paged_kernel", "split_kv_combine_kernel"),
+    otherwise=("unified_paged_kernel",),
+)
 
 KERNELS: tuple[Contract, ...] = (
     Contract(
@@ -29,7 +33,7 @@ KERNELS: tuple[Contract, ...] = (
         page_tables=frozenset({"block_table", "kv_indices"}),
         descales=frozenset({"per_tensor", "one", "quiet", "loud"}),
         launches=("unified_paged_kernel", "split_kv_combine_kernel"),
-        takes=_takes,
+        dispatch=_SPLIT,
         needs=("triton",),
         install_hint="pip install triton; on a CPU its interpreter runs the same source",
         numerics=NumericsProfile(kv_dequant="round_to_q", p_dtype="q", split_partial_dtype="fp32", mma="wgmma"),

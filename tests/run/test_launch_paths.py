@@ -32,11 +32,20 @@ def test_a_split_that_was_not_taken_fails_though_every_number_is_right() -> None
     verdict = run(unified, case("unified_paged", num_splits=2), dropped)
     assert verdict.outcome is Outcome.FAIL
     assert "did not launch split_kv_combine_kernel" in verdict.reason
+    assert "against its dispatch 'split_kv': every condition holds" in verdict.reason
     assert verdict.ran == ("unified_paged_kernel",)
 
 
+def test_a_kernel_that_the_dispatch_does_not_lead_to_fails_beside_the_one_that_it_does() -> None:
+    unified = KERNELS["unified_paged"]
+    forced = replace(NO_PLANT, arguments=lambda args: replace(args, num_splits=2))
+    verdict = run(unified, case("unified_paged"), forced)
+    assert verdict.outcome is Outcome.FAIL
+    assert "launched split_kv_combine_kernel, against its dispatch 'split_kv': no num_splits is given" in verdict.reason
+
+
 def test_a_kernel_that_the_contract_does_not_name_fails() -> None:
-    unified = replace(KERNELS["unified_paged"], launches=("other_kernel",), takes=lambda case: frozenset())
+    unified = replace(KERNELS["unified_paged"], launches=("other_kernel",), dispatch=None)
     verdict = run(unified, case("unified_paged"))
     assert verdict.outcome is Outcome.FAIL
     assert "launched unified_paged_kernel, which the contract of unified_paged does not name" in verdict.reason

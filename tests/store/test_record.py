@@ -41,6 +41,7 @@ records = st.builds(
     worker=st.text(),
     case=st.dictionaries(st.text(), data, max_size=3),
     access=st.text(),
+    branch=st.text(),
 )
 headers = st.builds(
     Header,
@@ -100,7 +101,7 @@ def changed(**changes: object) -> str:
         ("{", "not JSON"),
         ("[1]", "not a record"),
         ('{"kind": "header"}', "not a record"),
-        ('{"kind": "record", "id": "a"}', "record without access, case, err_over_tol, explanation"),
+        ('{"kind": "record", "id": "a"}', "record without access, branch, case, err_over_tol, explanation"),
         (changed(colour="red"), "record with unknown colour"),
         (changed(outcome="MAYBE"), "record 'a': 'MAYBE' is not a valid Outcome"),
         (changed(err_over_tol="big"), "record 'a': expected a number, got 'big'"),
