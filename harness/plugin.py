@@ -42,6 +42,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--case-timeout", metavar="SECONDS", help="end a case that takes longer: TIMEOUT (default: 300; 0: no limit)"
     )
     group.addoption("--twice", action="store_true", help="launch each case once more, in another order: equal bits")
+    group.addoption(
+        "--fences", action="store_true", help="nothing mapped around any buffer: a touch ends the case as CRASH"
+    )
     group.addoption("--isolate", action="store_true", help="a fresh process for each case; needs workers (not -n 0)")
     group.addoption(
         "--sanitize",
@@ -50,6 +53,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     for name in ("--buffer-map", "--fault"):  # of processes that attnreg starts: where they leave addresses
         group.addoption(name, metavar="FILE", help=argparse.SUPPRESS)
+    group.addoption("--fence-only", metavar="NAMES", help=argparse.SUPPRESS)  # of such, too: the buffers to fence
     group.addoption("--reports", metavar="DIR", help="where run logs go (default: reports/ of pytest's root folder)")
     parser.addini("case_timeout", "seconds a case may take, 0 for no limit", default="300")
 

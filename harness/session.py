@@ -199,6 +199,7 @@ class Session:
 
     @functools.cached_property
     def options(self) -> Options:
+        from harness.kernel.fences import Fences
         from harness.run.plant import NO_PLANT
         from harness.run.run_case import Options
 
@@ -210,6 +211,10 @@ class Session:
             data_seed=self.config.getoption("--data-seed"),
             geometry_seed=self.config.getoption("--geometry-seed"),
             twice=self.config.getoption("--twice"),
+            fences=Fences(
+                self.config.getoption("--fences"),
+                None if (only := self.config.getoption("--fence-only")) is None else frozenset(only.split(",")),
+            ),
             buffer_map=Path(chosen) if (chosen := self.config.getoption("--buffer-map")) else None,
         )
 
@@ -242,6 +247,7 @@ class Session:
             "no_contract_checks": self.config.getoption("--no-contract-checks"),
             "no_access_trace": self.config.getoption("--no-access-trace"),
             "twice": self.config.getoption("--twice"),
+            "fences": self.config.getoption("--fences"),
             "case_timeout": self.config.getoption("--case-timeout"),
         }
 

@@ -16,6 +16,7 @@ import torch
 from harness.access.grid import Grid, Ints, cache_grid
 from harness.cache.build import KVCache
 from harness.cache.page_table import page_ids
+from harness.cache.window import dead_columns
 from harness.case import Case
 from harness.kernel.arguments import LaunchArguments
 from harness.kernel.contract import Contract
@@ -148,11 +149,8 @@ class _Lengths:
         lens = zip(case.rows.query_lens, case.rows.context_lens, strict=True)
         cached = tuple(contract.content.cached_len(q, c) for q, c in lens)
         pages = tuple(-(-n // case.page_size) for n in cached)
-        if contract.window_pages != "dead":
-            return cls(cached, pages, (0,) * len(cached))
-        rows = Rows.of(case)
-        oldest = (int(rows.first[rows.sequence == seq].min(initial=n)) for seq, n in enumerate(cached))
-        return cls(cached, pages, tuple(first // case.page_size * case.page_size for first in oldest))
+        dead = dead_columns(case, contract.content, contract.window_pages)
+        return cls(cached, pages, tuple(columns.stop * case.page_size for columns in dead))
 
 
 def _table(table: torch.Tensor, room: int, lengths: _Lengths) -> Scope | None:

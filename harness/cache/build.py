@@ -1,13 +1,14 @@
 """The KV cache a kernel is handed: filled, quantised, placed, laid out, poisoned.
 
-Invariant: the cache holds exactly the tokens its content class demands; everything else in its storage is poison.
+Invariant: the cache holds exactly the tokens its content class demands, those on dead pages apart; everything else in
+its storage is poison.
 The two parameters that break this, `cached_lens` and `poison`, plant set-up faults that harness.cache.verify finds.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +24,7 @@ from harness.cache.positions import key_positions, new_token_keys
 from harness.cache.probe import Decoy, Live, plant_decoys, reserve
 from harness.cache.quantise import bits_of, quantise
 from harness.cache.table_probe import Entries, reaching_table
+from harness.cache.window import dead_columns, dead_pages
 from harness.dtypes import element_type
 from harness.layout import cache_shape
 from harness.problem.boundary import cache_geometry, table_geometry
@@ -55,6 +57,7 @@ class KVCache:
     pools: Mapping[str, Pool] = field(
         default_factory=dict
     )  # of "k", "v" where they are aliased or a boundary probe says where they lie, as it may of "table"
+    dead_pages: frozenset[int] = frozenset()  # that left the window, and hold poison
     decoys: tuple[Decoy, ...] = ()  # what such a probe put where a wrong address would lead
 
     @property
@@ -68,10 +71,16 @@ class KVCache:
 
 
 def build_cache(
-    problem: Problem, content: Content, *, cached_lens: Sequence[int] | None = None, poison: float = math.nan
+    problem: Problem,
+    content: Content,
+    *,
+    window_pages: str = "live",
+    cached_lens: Sequence[int] | None = None,
+    poison: float = math.nan,
 ) -> KVCache:
     """The cache of `problem` for a kernel of class `content`, on the device of the problem.
 
+    window_pages: "dead" where the kernel must not touch pages that left the sliding window, which are poison then.
     `cached_lens` (default: what `content` demands) and `poison` plant set-up faults. Raises PlacementError, and
     MemoryError where a pool cannot be had.
     """
@@ -83,8 +92,10 @@ def build_cache(
         "k": quantise(problem.k, problem.descale("k"), stored),
         "v": quantise(problem.v, problem.descale("v"), stored),
     }
-    live = live_tokens(problem, placed.pages, cached_lens)
-    made = {name: _fill(problem, name, payloads[name], placed, live, poison) for name in payloads}
+    dead = dead_pages(dead_columns(case, content, window_pages), placed.pages)
+    live = live_tokens(problem, placed.pages, cached_lens, dead)
+    alive = [page for pages in placed.pages for page in pages if page not in dead]
+    made = {name: _fill(problem, name, payloads[name], placed, alive, live, poison) for name in payloads}
     pools = {name: pool for name, (_, pool, _) in made.items() if pool is not None}
     table = _page_table(problem, placed)
     if (reach := table_geometry(case)) and table.block_table is not None:
@@ -110,11 +121,12 @@ def build_cache(
         value_payload=payloads["v"],
         new_k=_new_tokens(problem, problem.k, content) if content.takes_new_tokens else None,
         new_v=_new_tokens(problem, problem.v, content) if content.takes_new_tokens else None,
-        kv_block_descale=_block_descale(problem, placed),
+        kv_block_descale=_block_descale(problem, placed, dead),
         kv_indptr=table.kv_indptr,
         kv_page_indices=table.kv_page_indices,
         kv_last_page_len=table.kv_last_page_len,
         pools=pools,
+        dead_pages=dead,
         decoys=made["k"][2] + made["v"][2],
     )
 
@@ -125,8 +137,13 @@ def demanded_lens(problem: Problem, content: Content) -> tuple[int, ...]:
     return tuple(content.cached_len(q, c) for q, c in zip(rows.query_lens, rows.context_lens, strict=True))
 
 
-def live_tokens(problem: Problem, placed: Sequence[Sequence[int]], cached_lens: Sequence[int]) -> Live:
-    """The first `cached_lens` tokens of each sequence, and where they lie: `placed` are the pages of each."""
+def live_tokens(
+    problem: Problem, placed: Sequence[Sequence[int]], cached_lens: Sequence[int], dead: Collection[int]
+) -> Live:
+    """The first `cached_lens` tokens of each sequence, and where they lie: `placed` are the pages of each.
+
+    Those on `dead` pages are none.
+    """
     device, page_size = problem.q.device, problem.case.page_size
     flat_pages = torch.tensor([page for pages in placed for page in pages], dtype=torch.int64, device=device)
     first_page = torch.tensor([len(pages) for pages in placed], device=device)
@@ -134,13 +151,18 @@ def live_tokens(problem: Problem, placed: Sequence[Sequence[int]], cached_lens: 
     keys = key_positions(problem.case.rows, device)
     key = keys.below(cached_lens).nonzero()[:, 0]  # packed keys
     seq, pos = keys.seq[key], keys.pos[key]
-    return Live(key, flat_pages[first_page[seq] + pos // page_size], pos % page_size)
+    page = flat_pages[first_page[seq] + pos // page_size]
+    alive = ~torch.isin(page, torch.tensor(sorted(dead), dtype=torch.int64, device=device))
+    return Live(key[alive], page[alive], (pos % page_size)[alive])
 
 
 def _fill(
-    problem: Problem, which: str, payload: torch.Tensor, placed: Placed, live: Live, poison: float
+    problem: Problem, which: str, payload: torch.Tensor, placed: Placed, alive: list[int], live: Live, poison: float
 ) -> tuple[torch.Tensor, Pool | None, tuple[Decoy, ...]]:
-    """K or V with the `live` tokens of `payload` [num_keys, heads, dim]; its pool, unless dense; a probe's decoys."""
+    """K or V with the `live` tokens of `payload` [num_keys, heads, dim]; its pool, unless dense; a probe's decoys.
+
+    alive: pages that sequences have and may look into, behind their last token as well.
+    """
     case, device = problem.case, payload.device
     stored, page_size = element_type(case.stored_dtype), case.page_size
     heads, dim = payload.shape[1:]
@@ -153,8 +175,7 @@ def _fill(
     else:
         cache, pool = reserve(problem, which, shape, stored, at, live, fill & 0xFF)
     slots = by_slot(bits_of(cache), case.layout, which)
-    flat_pages = torch.tensor([page for pages in placed.pages for page in pages], dtype=torch.int64, device=device)
-    slots.view[flat_pages] = tail_bits(stored, case.tail, poison)
+    slots.view[torch.tensor(alive, dtype=torch.int64, device=device)] = tail_bits(stored, case.tail, poison)
     slots.store(live.page, live.slot, bits_of(payload)[live.key])
     if at is None or pool is None:
         return cache, pool, ()
@@ -168,9 +189,9 @@ def _page_table(problem: Problem, placed: Placed) -> PageTable:
     return kv_indices(placed, case.rows.seq_lens, case.page_size, case.table_padding, device)
 
 
-def _block_descale(problem: Problem, placed: Placed) -> torch.Tensor | None:
-    """Descales by physical page, [num_pages, num_kv_heads, 2] float32; NaN for pages that no sequence has, and in the
-    gaps of a strided view.
+def _block_descale(problem: Problem, placed: Placed, dead: Collection[int]) -> torch.Tensor | None:
+    """Descales by physical page, [num_pages, num_kv_heads, 2] float32; NaN for pages that no sequence has or that are
+    dead, and in the gaps of a strided view.
     """
     scales = problem.page_descales
     if scales is None:
@@ -179,6 +200,7 @@ def _block_descale(problem: Problem, placed: Placed) -> torch.Tensor | None:
     shape = (placed.num_pages, scales.shape[1] + gap, 2 + 3 * gap)
     block = torch.full(shape, math.nan, dtype=torch.float32, device=scales.device)[:, : scales.shape[1], :2]
     block[[page for pages in placed.pages for page in pages]] = scales
+    block[sorted(dead)] = math.nan
     return block
 
 

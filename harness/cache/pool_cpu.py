@@ -1,4 +1,5 @@
 """Aliased pools on a CPU: one small memory file mapped again and again over a large reservation, private pages on top.
+And fenced memory: pages in the middle of a reservation that nothing else is mapped into.
 
 Invariant: the range is reserved before anything is mapped into it, so that no mapping can hit other memory; it is
 unmapped when the last tensor over it is gone.
@@ -63,6 +64,23 @@ def aliased_pool_cpu(extent: Extent, own: Sequence[Interval], fill: int) -> Pool
     return Pool("aliased", data, base - first, tuple(pages), physical, (data[span - BLOCK :],))
 
 
+def fenced_cpu(size: int, fence: int) -> torch.Tensor:
+    """uint8 [size, up to whole pages]: memory with `fence` bytes on either side whose touch is SIGSEGV or SIGBUS.
+
+    Raises MemoryError.
+    """
+    libc = _libc()
+    span, fence = -(-max(size, 1) // _PAGE) * _PAGE, -(-fence // _PAGE) * _PAGE
+    start = _map(libc, None, span + 2 * fence, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
+    if libc.mprotect(start + fence, span, mmap.PROT_READ | mmap.PROT_WRITE):
+        why = os.strerror(ctypes.get_errno())
+        libc.munmap(start, span + 2 * fence)
+        raise MemoryError(f"{span:,} bytes between fences cannot be had: {why}")
+    memory = _Memory.from_address_range(start + fence, span)
+    weakref.finalize(memory, libc.munmap, start, span + 2 * fence)
+    return torch.frombuffer(memory, dtype=torch.uint8)  # keeps `memory`
+
+
 class _Memory(ctypes.Structure):
     """A buffer over memory it does not own; being a class of Python's it can be watched by weakref."""
 
@@ -76,7 +94,7 @@ def _map(libc: ctypes.CDLL, address: int | None, size: int, access: int, flags: 
     found = libc.mmap(address, size, access, flags, file, 0)
     if found == _FAILED:
         why = os.strerror(ctypes.get_errno())
-        raise MemoryError(f"{size:,} bytes of an aliased pool cannot be mapped: {why}")
+        raise MemoryError(f"{size:,} bytes of addresses cannot be mapped: {why}")
     return int(found)
 
 
@@ -85,4 +103,5 @@ def _libc() -> ctypes.CDLL:
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_long)
     libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+    libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     return libc

@@ -1,4 +1,5 @@
 """Aliased pools on a GPU: the driver's virtual memory maps one allocation again and again, granules of its own between.
+And fenced memory: one allocation in the middle of a reservation.
 
 Invariant: every mapping is a whole allocation, so that each can be unmapped as it was mapped; the range is freed in the
 reverse order after the device has come to rest, when the last tensor over it is gone. Everything happens in torch's
@@ -60,7 +61,7 @@ class _Driver:
     def call(self, name: str, *args: object) -> None:
         if status := self.status(name, *args):
             why = "out of memory" if status == _OUT_OF_MEMORY else f"driver error {status}"
-            raise DeviceMemoryError(f"an aliased pool cannot be had: {name}: {why}")
+            raise DeviceMemoryError(f"virtual memory cannot be had: {name}: {why}")
 
 
 @functools.cache
@@ -170,6 +171,20 @@ def aliased_pool_gpu(extent: Extent, own: Sequence[Interval], fill: int, device:
     for part in pool.parts():
         part.fill_(fill)
     return pool
+
+
+def fenced_gpu(size: int, fence: int, device: torch.device, granule: int) -> torch.Tensor:
+    """uint8 [size, up to whole granules]: memory with `fence` bytes on either side whose touch is an illegal access.
+
+    Raises MemoryError.
+    """
+    span, fence = -(-max(size, 1) // granule) * granule, -(-fence // granule) * granule
+    driver = _driver()
+    assert driver is not None
+    memory = _Range(driver, device)
+    first = memory.reserve(span + 2 * fence, granule) + fence
+    memory.map(first, span, memory.create(span))
+    return memory.show(first, span)
 
 
 def _stretches(own: Sequence[Interval], span: int, block: int) -> Iterator[tuple[int, int, bool]]:

@@ -2,8 +2,9 @@
 
 Invariant: nothing here uses the builder's views. Addresses follow from the layout's table, the strides of the tensors
 and the page table, in int64, as a kernel computes them. What is verified: the cache holds exactly the tokens that the
-content class demands, bit for bit; every other element of the storage, stride gaps included, is poison; every page has
-the descales its payload was made with; new tokens are handed over where, and only where, the contract takes them.
+content class demands, bit for bit; every other element of the storage, stride gaps and dead pages included, is poison;
+every other page has the descales its payload was made with; new tokens are handed over where, and only where, the
+contract takes them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from harness.cache.probe import storage_bits
 from harness.cache.quantise import bits_of
 from harness.cache.table_probe import shared_is_poison
 from harness.cache.verify_descale import verify_block_descale
+from harness.cache.window import dead_columns, dead_pages
 from harness.dtypes import element_type
 from harness.errors import SetupBug
 from harness.problem.problem import Problem
@@ -33,16 +35,28 @@ _CHUNK = 1 << 22  # elements at a time
 _AT_ONCE = 1 << 21  # the same of memory that only has to be poison
 
 
-def verify_cache(problem: Problem, cache: KVCache, content: Content) -> None:
-    """Raise SetupBug for the first thing in `cache` that a kernel of class `content` must not be handed."""
+def verify_cache(problem: Problem, cache: KVCache, content: Content, window_pages: str = "live") -> None:
+    """Raise SetupBug for the first thing in `cache` that a kernel of class `content` must not be handed.
+
+    window_pages: what its contract says of pages that left the window.
+    """
+    dead = _dead_pages(problem, cache, content, window_pages)
     for which in ("k", "v"):
         verify_payload(problem, cache, which)
         _verify_scale(problem, cache, which)
-        _verify_pool(problem, cache, content, which)
+        _verify_pool(problem, cache, content, dead, which)
         _verify_new_tokens(problem, cache, content, which)
-    verify_block_descale(problem, cache)
+    verify_block_descale(problem, cache, dead)
     if "table" in cache.pools and not shared_is_poison(cache.pools["table"]):
         raise SetupBug("block_table", "poison in the memory that all unused addresses share", "something else")
+
+
+def _dead_pages(problem: Problem, cache: KVCache, content: Content, window_pages: str) -> frozenset[int]:
+    """Pages that must be poison although the page table names them for tokens."""
+    case = problem.case
+    counts = [-(-max(seq_len, 0) // case.page_size) for seq_len in case.rows.seq_lens]
+    pages = [page_ids(cache, seq, count).tolist() for seq, count in enumerate(counts)]
+    return dead_pages(dead_columns(case, content, window_pages), pages)
 
 
 def verify_payload(problem: Problem, cache: KVCache, which: str) -> None:
@@ -81,7 +95,7 @@ def _verify_scale(problem: Problem, cache: KVCache, which: str) -> None:
         raise SetupBug(f"{which}_scale", f"{expected:g}, which the cache was quantised with", f"{float(got):g}")
 
 
-def _verify_pool(problem: Problem, cache: KVCache, content: Content, which: str) -> None:
+def _verify_pool(problem: Problem, cache: KVCache, content: Content, dead_pages: frozenset[int], which: str) -> None:
     case = problem.case
     tensor = cache.k if which == "k" else cache.v
     _, payload = _of(problem, cache, which)
@@ -89,7 +103,7 @@ def _verify_pool(problem: Problem, cache: KVCache, content: Content, which: str)
     where = address(tensor, case.layout, which, heads, dim)
     flat, dead = storage_bits(tensor), _Dead.of(cache.pool(which), tensor)
     tail = tail_bits(element_type(case.stored_dtype), case.tail)
-    for part in _slots_in_use(problem, cache, content, max(1, _CHUNK // (heads * dim))):
+    for part in _slots_in_use(problem, cache, content, dead_pages, max(1, _CHUNK // (heads * dim))):
         offsets = where.offsets(part.page, part.slot)  # [n, heads * dim]
         dead.take(offsets)
         got, want = flat[offsets], torch.full_like(offsets, tail, dtype=flat.dtype)
@@ -104,7 +118,7 @@ def _verify_pool(problem: Problem, cache: KVCache, content: Content, which: str)
         if bool((flat[decoy.offsets] != decoy.bits).any()):
             raise SetupBug(f"{which}_cache", "the content that tells a wrong address", "other content")
     if (offset := dead.stray(flat)) is not None:
-        _raise_stray(cache, which, tensor, where, flat, offset)
+        _raise_stray(cache, which, tensor, where, flat, offset, dead_pages)
     if any(bool((part != POISON_BYTE).any()) for part in cache.pool(which).shared):
         raise SetupBug(f"{which}_cache", "poison in the memory that all unused addresses share", "something else")
 
@@ -160,7 +174,7 @@ def _is_poison(bits: torch.Tensor) -> bool:
 
 @dataclass(frozen=True)
 class _Slots:
-    """Some slots of the pages in use, one by one; `key` is the packed key a slot must hold, -1 for none."""
+    """Some slots of the pages in use and alive, one by one; `key` is the packed key a slot must hold, -1 for none."""
 
     seq: torch.Tensor  # [n]
     pos: torch.Tensor  # [n] position in the sequence that the slot stands for
@@ -169,8 +183,11 @@ class _Slots:
     key: torch.Tensor  # [n]
 
 
-def _slots_in_use(problem: Problem, cache: KVCache, content: Content, count: int) -> list[_Slots]:
-    """Every slot that the page table gives a sequence, at most `count` at a time."""
+def _slots_in_use(
+    problem: Problem, cache: KVCache, content: Content, dead_pages: frozenset[int], count: int
+) -> list[_Slots]:
+    """Every slot that the page table gives a sequence, those of dead pages apart, at most `count` at a time."""
+    dead = torch.tensor(sorted(dead_pages), dtype=torch.int64, device=cache.k.device)
     rows, device, page_size = problem.case.rows, cache.k.device, problem.case.page_size
     parts = []
     for seq, (query_len, context_len) in enumerate(zip(rows.query_lens, rows.context_lens, strict=True)):
@@ -186,8 +203,9 @@ def _slots_in_use(problem: Problem, cache: KVCache, content: Content, count: int
         key = torch.where(pos < demanded, problem.key_start[seq] + pos, -1)
         if problem.case.placement.repeats:
             key = _latest(key, page.to(torch.int64) * page_size + pos % page_size)
-        whole = _Slots(torch.full_like(pos, seq), pos, page, pos % page_size, key)
-        parts.append(whole)
+        alive = ~torch.isin(page.to(torch.int64), dead)
+        slots = (torch.full_like(pos, seq), pos, page, pos % page_size, key)
+        parts.append(_Slots(*(column[alive] for column in slots)))
     if not parts:
         return []
     joined = [torch.cat([getattr(part, name) for part in parts]) for name in ("seq", "pos", "page", "slot", "key")]
@@ -230,13 +248,19 @@ def _why(content: Content, query_len: int) -> str:
 
 
 def _raise_stray(
-    cache: KVCache, which: str, tensor: torch.Tensor, where: Address, flat: torch.Tensor, offset: int
+    cache: KVCache,
+    which: str,
+    tensor: torch.Tensor,
+    where: Address,
+    flat: torch.Tensor,
+    offset: int,
+    dead_pages: frozenset[int],
 ) -> None:
-    """An element outside all pages in use that is no poison."""
+    """An element outside all pages in use and alive that is no poison."""
     page = min((offset - where.origin) // where.page, cache.num_pages - 1)
     slots = torch.arange(cache.page_size, device=flat.device)
     hit = (where.offsets(torch.full_like(slots, page), slots) == offset).any(dim=1).nonzero()
-    kind = "the null page" if page == 0 else "unused"
+    kind = "out of the window" if page in dead_pages else "the null page" if page == 0 else "unused"
     place = f"page {page} ({kind}), slot {int(hit[0])}" if len(hit) else f"the stride gap in page {page}"
     value = flat[offset : offset + 1].view(tensor.dtype)
     raise SetupBug(

@@ -1,8 +1,8 @@
 """Descales by page prove themselves: every one is read back through the page table before a kernel sees it.
 
-Invariant: nothing here uses the builder's views. A page in use has the descales its payload was made with, of each KV
-head, K before V; every other float of the storage, stride gaps included, is NaN; and where descales are per page,
-nothing else may be multiplied with.
+Invariant: nothing here uses the builder's views. A page in use and alive has the descales its payload was made with, of
+each KV head, K before V; every other float of the storage, stride gaps included, is NaN; and where descales are per
+page, nothing else may be multiplied with.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ from harness.problem.problem import Problem
 NAME = "kv_block_descale"
 
 
-def verify_block_descale(problem: Problem, cache: KVCache) -> None:
-    """Raise SetupBug for the first descale in `cache` that its page was not quantised with, or that should be NaN."""
+def verify_block_descale(problem: Problem, cache: KVCache, dead_pages: frozenset[int]) -> None:
+    """Raise SetupBug for the first descale in `cache` that its page was not quantised with, or that should be NaN.
+
+    dead_pages: pages that have none although the block table names them.
+    """
     want, got = problem.page_descales, cache.kv_block_descale
     if want is None or got is None:
         if want is not got:
@@ -36,8 +39,9 @@ def verify_block_descale(problem: Problem, cache: KVCache) -> None:
         columns = -(-max(seq_len, 0) // page_size)
         page = page_ids(cache, seq, columns).to(torch.int64)  # verified to lie in the pool
         offsets = page[:, None, None] * got.stride(0) + int(got.storage_offset()) + inner  # [columns, heads, 2]
-        untouched[offsets] = False
-        wrong = (flat[offsets] != want[logical : logical + columns]).nonzero()
+        alive = ~torch.isin(page, torch.tensor(sorted(dead_pages), dtype=torch.int64, device=page.device))
+        untouched[offsets[alive]] = False
+        wrong = ((flat[offsets] != want[logical : logical + columns]) & alive[:, None, None]).nonzero()
         if len(wrong):
             column, kv_head, kind = wrong[0].tolist()
             found, expected = float(flat[offsets[column, kv_head, kind]]), want[logical + column, kv_head, kind]

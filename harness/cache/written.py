@@ -60,9 +60,10 @@ def judge_memory(
     counts: list[str] = []
     for which in ("k", "v"):
         got_in, want_in = (memory.k, expected.k) if which == "k" else (memory.v, expected.v)
-        got, wrong = storage_bits(got_in), storage_bits(got_in) != storage_bits(want_in)  # [elements] of the allocation
+        got, want = _around(got_in, want_in)
+        wrong = got != want  # [elements]
         heads, dim = (problem.k if which == "k" else problem.v).shape[1:]
-        place = address(got_in, problem.case.layout, which, heads, dim)
+        place = address(want_in, problem.case.layout, which, heads, dim)
         seen = _Seen(problem, expected, which, got, place, edge)
         if edge is not None:
             slot = seen.offsets(edge.token.page, edge.token.offset)
@@ -78,6 +79,15 @@ def judge_memory(
         if strays:
             counts.append(f"{which.upper()}: {len(strays)} other slots or gaps were stored to")
     return MemoryFindings(_joined(found), tuple(counts))
+
+
+def _around(got: torch.Tensor, want: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The allocations of both as integers, [elements] each, as far as both reach: a fenced one ends with its tensor."""
+    ends = [(int(t.storage_offset()), storage_bits(t)) for t in (got, want)]
+    low = min(offset for offset, _ in ends)
+    high = min(len(bits) - offset for offset, bits in ends)
+    assert low == ends[1][0]  # so that addresses in `want` are those in what is returned
+    return ends[0][1][ends[0][0] - low : ends[0][0] + high], ends[1][1][: low + high]
 
 
 def _joined(found: Sequence[WriteFinding]) -> tuple[WriteFinding, ...]:

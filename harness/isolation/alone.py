@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.isolation.autopsy import Death
-from harness.isolation.fault_address import read_fault_address
+from harness.isolation.fault_address import Fault, read_fault
 from harness.kernel.buffer_map import Span, read_buffer_map
 from harness.session import PROJECT, Session
 from harness.store.record import Record
@@ -34,7 +34,7 @@ class Alone:
     started: bool = True  # whether it came to the case
     output: str = ""  # stdout and stderr
     buffers: tuple[Span, ...] = ()  # of its launch
-    fault: int | None = None  # address of the access it died of
+    fault: Fault | None = None  # the access it died of
 
 
 def run_alone(
@@ -84,7 +84,7 @@ def run_alone(
             started=log.exists(),
             output=_text(out) + _text(err),
             buffers=tuple(read_buffer_map(buffers)),
-            fault=read_fault_address(fault),
+            fault=read_fault(fault),
         )
 
 

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from harness.errors import UsageError
+from harness.isolation.fence_search import FenceSearch
 from harness.isolation.postmortem import JOURNAL, Postmortem
 from harness.isolation.recorder import Recorder
 from harness.isolation.sanitizer import find_tool
@@ -22,7 +23,7 @@ def isolate(session: Session) -> str:
     To be called before pytest-xdist is configured. Raises UsageError for options that cannot be used.
     """
     config, limit = session.config, session.case_timeout
-    fresh = config.getoption("--isolate")
+    fresh, chosen = config.getoption("--isolate"), config.getoption("--fault")
     if session.is_worker:
         if journal := vars(config)["workerinput"].get(JOURNAL):
             file = Path(journal).open("w", encoding="utf-8")  # noqa: SIM115  the recorder closes it
@@ -35,11 +36,15 @@ def isolate(session: Session) -> str:
     where = set_up_workers(config)
     if where and config.getoption("tx", None):
         config.pluginmanager.register(Postmortem(session))
+        if config.getoption("--fences"):
+            config.pluginmanager.register(FenceSearch(session))
     elif where:
-        if fresh:
-            raise UsageError(f"--isolate needs worker processes: {where}")
+        alone = chosen is not None  # in a process that attnreg started for this case
+        for option in ("--isolate", "--fences"):
+            if config.getoption(option) and not alone:
+                raise UsageError(f"{option} needs worker processes: {where}")
         if not config.getoption("usepdb"):
             stderr = os.fdopen(os.dup(2), "w")  # a copy, as pytest captures the real one while cases run
-            fault = Path(chosen) if (chosen := config.getoption("--fault")) else None
+            fault = Path(chosen) if chosen else None
             config.pluginmanager.register(Recorder(stderr, limit, disposable=False, fault=fault))
     return where

@@ -19,7 +19,7 @@ import pytest
 from harness.errors import AttnregError
 from harness.isolation.alone import Alone, run_alone
 from harness.isolation.autopsy import Death, autopsy, how
-from harness.kernel.buffer_map import describe_address
+from harness.kernel.buffer_map import describe_address, in_fence
 from harness.run.outcome import Outcome, Verdict
 from harness.session import Found, Session
 
@@ -158,11 +158,12 @@ def second_opinion(crash: Verdict, alone: Alone, before: str | None, limit: floa
         said = [f"alone in a fresh process it fails too: {end.reason}"]
         if alone.fault is None:
             return replace(crash, explanation=with_row(crash.explanation, "again", *said))
-        lies = describe_address(alone.fault, alone.buffers) or "near no buffer"
-        said.append(f"address {alone.fault:#x}: {lies}")
+        lies = describe_address(alone.fault.address, alone.buffers) or "near no buffer"
+        fenced = in_fence(alone.fault.address, alone.buffers)
+        said.append(f"{alone.fault.access} {lies}" if fenced else f"address {alone.fault.address:#x}: {lies}")
         reason = f"{crash.reason}, {said[-1]}"
         seen = with_row(crash.explanation, "again", *said)
-        return replace(crash, reason=reason, explanation={**seen, "summary": reason})
+        return replace(crash, reason=reason, explanation={**seen, "summary": reason, "fault": vars(alone.fault)})
     ended = alone.record.outcome.value + (f" ({alone.record.reason})" if alone.record.reason else "")
     what, shape = f"{crash.reason}, but alone in a fresh process it ends in {ended}", "once"
     reason = f"once only: {what}, and no case ran before it"

@@ -12,6 +12,7 @@ from itertools import accumulate
 import torch
 
 from harness.cache.page_table import page_ids, table_name
+from harness.cache.window import dead_columns
 from harness.case import Case
 from harness.dtypes import element_type
 from harness.errors import SetupBug
@@ -32,7 +33,7 @@ def check_arguments(contract: Contract, case: Case, args: LaunchArguments) -> No
     _check_lengths(case, args)
     _check_table(case, args)
     _check_scales(case, args)
-    _check_block_descale(case, args)
+    _check_block_descale(contract, case, args)
 
 
 def _check_index_tensors(contract: Contract, case: Case, args: LaunchArguments) -> None:
@@ -152,8 +153,10 @@ def _check_scales(case: Case, args: LaunchArguments) -> None:
             raise SetupBug(name, "1.0, as kv_dtype auto stores values unscaled", repr(value))
 
 
-def _check_block_descale(case: Case, args: LaunchArguments) -> None:
-    """[num_pages, num_kv_heads, 2] float32, finite and above 0 for every page that a live token needs; else None."""
+def _check_block_descale(contract: Contract, case: Case, args: LaunchArguments) -> None:
+    """[num_pages, num_kv_heads, 2] float32, finite and above 0 for every page that a live token needs, dead ones
+    apart; else None.
+    """
     name, block = "kv_block_descale", args.kv_block_descale
     demanded, given = case.descales_per_page, block is not None
     if demanded != given:
@@ -164,9 +167,11 @@ def _check_block_descale(case: Case, args: LaunchArguments) -> None:
     if block.dtype != torch.float32 or block.device != args.q.device:
         raise SetupBug(name, f"float32 on {args.q.device}", f"{_name(block.dtype)} on {block.device}")
     _check_shape(name, block, (args.k_cache.shape[0], case.num_kv_heads, 2))
+    gone = dead_columns(case, contract.content, contract.window_pages)
     for seq, seq_len in enumerate(case.rows.seq_lens):
         pages = page_ids(args, seq, -(-max(seq_len, 0) // case.page_size)).long()
         dead = ~((block[pages] > 0) & block[pages].isfinite())  # [pages of the sequence, num_kv_heads, 2]
+        dead[gone[seq].start : gone[seq].stop] = False
         if bool(dead.any()):
             column, head, kind = dead.nonzero()[0].tolist()
             page = int(pages[column])

@@ -16,7 +16,7 @@ from harness.case import Case
 from harness.dispatch.predicate import Predicate
 from harness.kernel.clauses import first_clause, wrong_words
 from harness.kernel.numerics import NumericsProfile
-from harness.kernel.over_read import OverRead
+from harness.kernel.over_read import BEHIND_THE_END, OverRead
 from harness.kernel.writer import WriterContract
 from harness.matrix.axes import TWIN_AXES
 
@@ -91,6 +91,11 @@ class Contract:
     def over_read(self, buffer: str) -> int:
         """How far the kernel may read behind what it needs of `buffer`, in the units of OVER_READABLE."""
         return max((known.amount for known in self.over_reads if known.buffer == buffer), default=0)
+
+    @property
+    def room(self) -> dict[str, int]:
+        """Elements behind the end of a buffer, by name, that the kernel may read: they are provided."""
+        return {name: self.over_read(name) for name in BEHIND_THE_END}
 
     def must_launch(self, case: Case) -> frozenset[str]:
         """The device kernels without which `case` did not take the path it is for."""

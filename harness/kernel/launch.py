@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -31,12 +31,8 @@ from harness.kernel.writer import WriterArguments, WriterContract
 if TYPE_CHECKING:
     from harness.interpreter.trace import Trace  # needs numpy, which comes with triton
 
-_INPUTS = (
-    "q", "k", "v", "k_cache", "v_cache", "block_table", "kv_indptr", "kv_page_indices", "kv_last_page_len",
-    "query_start_loc", "seq_lens",
-    "k_scale", "v_scale", "kv_block_descale", "alibi_slopes", "sinks",
-)  # fmt: skip
-_WRITER_INPUTS = ("k", "v", "slot_mapping", "k_scale", "v_scale", "kv_block_descale")
+_OUTPUTS = ("out", "lse")  # of attention; of a writer the caches
+_STORED = ("k_cache", "v_cache")
 _TRACED = ("k_cache", "v_cache", "k", "v", "kv_block_descale", "block_table", "kv_page_indices")
 
 
@@ -80,10 +76,10 @@ def launch(
         elif device.type == "cpu":
             reaching = pools if case.boundary is not None else {}
             around = {f"surroundings of {name}": pool.bytes for name, pool in reaching.items()}
-            tables = ("block_table", "kv_page_indices")  # room behind tokens of K and V lies inside the cache
-            room = {} if isinstance(contract, WriterContract) else {name: contract.over_read(name) for name in tables}
             trace = _new_trace() if trace_accesses else None
-            ran, broken = _interpreted(launcher, args, {**inputs, **around}, outputs, program_order_seed, room, trace)
+            ran, broken = _interpreted(
+                launcher, args, {**inputs, **around}, outputs, program_order_seed, contract.room, trace
+            )
             violations += broken
         else:
             with observed_triton_launches() as names:
@@ -105,8 +101,9 @@ def launch(
 
 def input_tensors(args: LaunchArguments | WriterArguments) -> dict[str, torch.Tensor]:
     """The tensors a kernel may read and must not write, by argument name."""
-    names = _WRITER_INPUTS if isinstance(args, WriterArguments) else _INPUTS
-    return {name: tensor for name in names if (tensor := getattr(args, name)) is not None}
+    outputs = _STORED if isinstance(args, WriterArguments) else _OUTPUTS
+    names = [field.name for field in fields(args) if field.name not in outputs]
+    return {name: given for name in names if isinstance(given := getattr(args, name), torch.Tensor)}
 
 
 def _fingerprint(tensor: torch.Tensor, pool: Pool | None) -> tuple[int, ...]:

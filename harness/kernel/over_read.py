@@ -13,8 +13,7 @@ OVER_READABLE = {
     "k_cache": "slots behind the last cached token of a row",
     "v_cache": "slots behind the last cached token of a row",
 }
-
-
+BEHIND_THE_END = ("block_table", "kv_page_indices")  # it lies behind the last element, too; of the others in the pool
 MAX_AMOUNT = 512  # as much as lies behind every strided view (harness.kernel.guarded.MARGIN)
 
 

@@ -51,6 +51,11 @@ class WriterContract:
         if wrong := next(wrong_words(self, known), None):
             raise ValueError(f"contract of {self.name}: {wrong}")
 
+    @property
+    def room(self) -> dict[str, int]:
+        """Elements behind the end of a buffer that it may read: none."""
+        return {}
+
     def must_launch(self, case: Case) -> frozenset[str]:
         """The device kernels without which nothing was written."""
         return frozenset(self.launches)

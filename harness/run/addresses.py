@@ -116,7 +116,7 @@ def _misreads(setup: Setup) -> Iterator[Misread]:
     problem, cache = setup.problem, setup.cache
     if problem.case.boundary is None:
         return
-    live = live_tokens(problem, cache.pages, cache.cached_lens)
+    live = live_tokens(problem, cache.pages, cache.cached_lens, cache.dead_pages)
     if at := cache_geometry(problem.case):
         for which in at.page_strides:
             for fault in FAULTS:

@@ -1,9 +1,14 @@
-"""The state of a device between cases: whether its context still lives, and memory that others want.
+"""A device while cases run on it: the time they take, whether its context still lives, memory that others want.
 
-Invariant: asks and gives back; launches nothing of a kernel.
+Invariant: asks, waits and gives back; launches nothing of a kernel.
 """
 
 from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 
@@ -11,6 +16,24 @@ from harness.errors import first_line
 from harness.kernel.failures import memory_shortage
 
 MOST_HELD = 2 << 30  # bytes of a device that a worker keeps between cases
+
+
+@dataclass
+class Stopwatch:
+    """Seconds by phase; the device is waited for at the end of each."""
+
+    device: torch.device
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 def context_error(device: torch.device) -> str | None:

@@ -7,12 +7,14 @@ only memory that is that, byte for byte, goes on to attention. What is wrong bef
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from harness.cache.written import WriteFinding, judge_memory
 from harness.errors import KernelRaised
+from harness.kernel.buffer_map import write_buffer_map
 from harness.kernel.guarded import GuardedOutput
-from harness.kernel.launch import launch
+from harness.kernel.launch import input_tensors, launch
 from harness.kernel.registry import code_home, load_entry
 from harness.run.outcome import Outcome, Verdict
 from harness.run.setup import Setup
@@ -30,21 +32,23 @@ class CacheOutput(GuardedOutput):
         return None
 
 
-def through_writer(setup: Setup, *, program_order_seed: int) -> Setup | Verdict:
+def through_writer(setup: Setup, *, program_order_seed: int, buffer_map: Path | None = None) -> Setup | Verdict:
     """Launch the writer of `setup`: the set-up that attention goes on with, or FAIL where the writer is wrong.
 
-    Raises KernelNotFound, OutOfMemory and what launch lets through.
+    buffer_map: where the addresses of its buffers are written before. Raises KernelNotFound, OutOfMemory and what launch lets through.
     """
     writing = setup.writing
     assert writing is not None
-    caches = (("k_cache", writing.memory.k), ("v_cache", writing.memory.v))
+    caches = {"k_cache": writing.memory.k, "v_cache": writing.memory.v}
+    if buffer_map is not None:
+        write_buffer_map(buffer_map, {**input_tensors(writing.args), **caches}, writing.fenced)
     try:
         result = launch(
             writing.contract,
             setup.problem.case,
             load_entry(writing.contract),
             writing.args,
-            tuple(CacheOutput(name, tensor, tensor) for name, tensor in caches),
+            tuple(CacheOutput(name, tensor, tensor) for name, tensor in caches.items()),
             program_order_seed=program_order_seed,
         )
     except KernelRaised as error:

@@ -6,10 +6,7 @@ up: set-up faults stop before the launch, and only what the launch itself raises
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,6 +27,7 @@ from harness.interpreter import prepare
 from harness.kernel.buffer_map import write_buffer_map
 from harness.kernel.contract import Contract
 from harness.kernel.failures import memory_shortage
+from harness.kernel.fences import NO_FENCES, Fences
 from harness.kernel.launch import LaunchResult, input_tensors, launch
 from harness.kernel.registry import code_home, load_entry
 from harness.matrix.matrix import MustRun
@@ -42,7 +40,7 @@ from harness.problem.admission import AUTO, NEEDLES
 from harness.problem.problem import build_problem
 from harness.run.addresses import memory_of, tell_addresses, unseen_addresses
 from harness.run.agreement import with_agreement
-from harness.run.device import context_error, release_memory
+from harness.run.device import Stopwatch, context_error, release_memory
 from harness.run.judge_access import judge_launch, untraceable
 from harness.run.judge_gains import with_gains
 from harness.run.judge_writing import through_writer
@@ -71,29 +69,12 @@ class Options:
     geometry_seed: int | None = None
     demand: Demand = NO_DEMAND  # what the matrix demands to be seen
     access_trace: bool = True  # of interpreted kernels; compiled ones cannot be traced
+    fences: Fences = NO_FENCES  # buffers with nothing mapped around them: for processes that may end
     buffer_map: Path | None = None  # where the addresses of the buffers are written before the launch
     twice: bool = False  # launch once more in another order of programs, and compare bits
     twins: tuple[str, ...] = ()  # axes in which a twin of the case must leave the same bits
     noise_floor: str = "off"  # off | report | fail: whether errors are compared with those of a case's twin
     must_run: tuple[MustRun, ...] = ()  # what the matrix states of the device kernels that run
-
-
-@dataclass
-class Stopwatch:
-    """Seconds by phase; the device is waited for at the end of each."""
-
-    device: torch.device
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 def resolve_device(name: str) -> torch.device:
@@ -149,14 +130,15 @@ def _reseeded(case: Case, options: Options) -> Case:
 def _judged(case: Case, contract: Contract, options: Options, watch: Stopwatch) -> Verdict:
     if case.steps > 1:
         with watch.phase("problem"):
-            engine = make_engine(case, contract, options.plant, watch.device, checked=options.contract_checks)
+            checked, fences = options.contract_checks, options.fences
+            engine = make_engine(case, contract, options.plant, watch.device, checked=checked, fences=fences)
         by_step = replace(options, demand=NO_DEMAND)
         return serve(engine, options.demand, lambda setup: _seeing(contract, setup, by_step, watch))
     try:
         with watch.phase("problem"):
             problem = options.plant.problem(build_problem(case, watch.device))
         with watch.phase("cache"):
-            setup = build_arguments(problem, contract, options.plant)
+            setup = build_arguments(problem, contract, options.plant, options.fences)
             if options.contract_checks:
                 check_setup(setup, contract)
     except SetupBug as bug:
@@ -202,15 +184,16 @@ def _launched(contract: Contract, setup: Setup, options: Options, watch: Stopwat
                 explanation = explain_unseen(seen, contract, options.demand, watch.device)
                 return Verdict(Outcome.BLIND, explanation["summary"], explanation=explanation)
         untraced = untraceable(case, watch.device, asked=options.access_trace)
-        if options.buffer_map is not None:
-            outputs = {output.name: output.tensor for output in setup.outputs}
-            write_buffer_map(options.buffer_map, {**input_tensors(setup.args), **outputs})
         if setup.writing is not None:
             with watch.phase("writer"):
-                written = through_writer(setup, program_order_seed=case.geometry_seed)
+                seed = case.geometry_seed
+                written = through_writer(setup, program_order_seed=seed, buffer_map=options.buffer_map)
             if isinstance(written, Verdict):
                 return written
             setup = written
+        if options.buffer_map is not None:
+            outputs = {output.name: output.tensor for output in setup.outputs}
+            write_buffer_map(options.buffer_map, {**input_tensors(setup.args), **outputs}, setup.fenced)
         with watch.phase("launch"):
             result = launch(
                 contract,

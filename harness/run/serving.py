@@ -19,6 +19,7 @@ from harness.cache.quantise import bits_of
 from harness.case import Case
 from harness.errors import SetupBug
 from harness.kernel.contract import Contract
+from harness.kernel.fences import NO_FENCES, Fences
 from harness.oracle.observability import wanted
 from harness.problem.problem import Problem, build_problem
 from harness.problem.schedule import Schedule, Scheduled, Step, make_schedule
@@ -42,6 +43,7 @@ class Engine:
     contract: Contract
     plant: Plant
     checked: bool  # whether each set-up is checked before its launches
+    fences: Fences = NO_FENCES
 
     def setups(self) -> Iterator[tuple[Step, Setup]]:
         """The steps, with the memory that the launches of all steps before have left. Raises SetupBug as it goes."""
@@ -56,11 +58,14 @@ class Engine:
             if due and plant is not NO_PLANT and plant.applies(shown, self.contract.content):
                 setup = self._planted(problem, previous)
             plant = plant if setup is None else NO_PLANT
-            setup = setup or build_arguments(problem, self.contract)
+            setup = setup or build_arguments(problem, self.contract, fences=self.fences)
             assert setup.writing is not None
             fresh = setup.writing.memory
             if memory is not None:
-                hand_over(memory, fresh, pages_changed(owners, step.owners))
+                changed = pages_changed(owners, step.owners)
+                if self.contract.window_pages == "dead":  # pages that left the window were given up, too
+                    changed += sorted(fresh.dead_pages)
+                hand_over(memory, fresh, changed)
                 setup = setup.on_memory(memory.k, memory.v)
             memory, owners, previous = fresh if memory is None else memory, step.owners, setup
             yield step, setup
@@ -68,16 +73,24 @@ class Engine:
     def _planted(self, problem: Problem, previous: Setup | None) -> Setup | None:
         """The set-up of a step with the fault of the plant in it; None where this step would not show it."""
         assert previous is not None
-        setup = build_arguments(problem, self.contract, self.plant)
+        setup = build_arguments(problem, self.contract, self.plant, self.fences)
         args = self.plant.step_arguments(setup.args, previous.args)
         return None if args is None else replace(setup, args=args)
 
 
-def make_engine(case: Case, contract: Contract, plant: Plant, device: torch.device, *, checked: bool) -> Engine:
+def make_engine(
+    case: Case,
+    contract: Contract,
+    plant: Plant,
+    device: torch.device,
+    *,
+    checked: bool,
+    fences: Fences = NO_FENCES,
+) -> Engine:
     """The engine of a case of several steps. Raises what build_problem raises."""
     schedule = make_schedule(case)
     whole = plant.problem(build_problem(schedule.problem_case(case), device))
-    return Engine(whole, schedule, contract, plant, checked)
+    return Engine(whole, schedule, contract, plant, checked, fences)
 
 
 def serve(engine: Engine, demand: Demand, launched: Callable[[Setup], Verdict]) -> Verdict:

@@ -17,6 +17,7 @@ from harness.errors import SetupBug
 from harness.kernel.arguments import LaunchArguments
 from harness.kernel.check import check_arguments
 from harness.kernel.contract import Contract
+from harness.kernel.fences import NO_FENCES, Fences, fence_launch
 from harness.kernel.guarded import GuardedOutput, guarded_output, same_bits, strided_copy
 from harness.kernel.reaching import reaching_output
 from harness.problem.boundary import output_geometry
@@ -33,6 +34,8 @@ class Setup:
     outputs: tuple[GuardedOutput, ...]  # out, then lse where the kernel returns one
     writing: Writing | None = None  # the launch of a writer, whose memory the kernel then gets in place of the cache
     wrote: tuple[str, ...] = ()  # device kernels of a writer that was launched
+    fences: Fences = NO_FENCES  # what was asked for
+    fenced: frozenset[str] = frozenset()  # buffers with nothing mapped around them
 
     def on_memory(self, k: torch.Tensor, v: torch.Tensor) -> Setup:
         """The same with a writer that stores to the memory `k`, `v`, which holds what its own does."""
@@ -48,12 +51,16 @@ class Setup:
         return replace(self, cache=cache, args=args, writing=None, wrote=wrote)
 
 
-def build_arguments(problem: Problem, contract: Contract, plant: Plant = NO_PLANT) -> Setup:
-    """Cache, outputs and launch arguments for `problem`, with the set-up fault of `plant` in them."""
+def build_arguments(problem: Problem, contract: Contract, plant: Plant = NO_PLANT, fences: Fences = NO_FENCES) -> Setup:
+    """Cache, outputs and launch arguments for `problem`, with the set-up fault of `plant` in them.
+
+    Raises what build_cache does, and UsageError for fences that cannot be had here.
+    """
     case = problem.case
     cache = build_cache(
         problem,
         contract.content,
+        window_pages=contract.window_pages,
         cached_lens=plant.cached_lens(case, contract.content),
         poison=plant.pool_poison,
     )
@@ -89,8 +96,11 @@ def build_arguments(problem: Problem, contract: Contract, plant: Plant = NO_PLAN
         kv_last_page_len=cache.kv_last_page_len,
     )
     writer = contract.writer_of(case)
-    writing = None if writer is None else build_writing(problem, writer, plant)
-    return Setup(problem, cache, plant.arguments(args), outputs, writing)
+    writing = None if writer is None else build_writing(problem, contract, writer, plant, fences)
+    args, outputs, fenced = fence_launch(
+        fences, plant.arguments(args), outputs, fixed=cache.pools_by_argument, room=contract.room
+    )
+    return Setup(problem, cache, args, outputs, writing, fences=fences, fenced=fenced)
 
 
 def with_room(cache: KVCache, contract: Contract, name: str) -> torch.Tensor:
@@ -111,9 +121,9 @@ def check_setup(setup: Setup, contract: Contract) -> None:
     """Raise SetupBug where the arguments or the content of the cache violate the contract."""
     check_arguments(contract, setup.problem.case, setup.args)
     check_handover(setup)
-    verify_cache(setup.problem, setup.cache, contract.content)
+    verify_cache(setup.problem, setup.cache, contract.content, contract.window_pages)
     if setup.writing is not None:
-        check_writing(setup.writing)
+        check_writing(setup.writing, contract)
 
 
 def check_handover(setup: Setup) -> None:
@@ -150,6 +160,7 @@ def check_handover(setup: Setup) -> None:
         "v_scale": cache.v_scale,
         "alibi_slopes": problem.alibi_slopes,
         "sinks": problem.sinks,
+        "kv_block_descale": cache.kv_block_descale,
     }
     for name, tensor in built.items():
         if not same_bits(getattr(args, name), tensor):

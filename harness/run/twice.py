@@ -28,7 +28,7 @@ def with_second_launch(
 
     seed: of the order of programs, another than the first launch had.
     """
-    again = build_arguments(setup.problem.without_writer(), contract, plant)
+    again = build_arguments(setup.problem.without_writer(), contract, plant, setup.fences)
     result = launch(
         contract,
         setup.problem.case,

@@ -65,7 +65,7 @@ def with_noise_floor(
     if isinstance(twin, str) or setup.problem.structured:
         why = twin if isinstance(twin, str) else "errors of structured data repeat"
         return replace(verdict, explanation=with_row(verdict.explanation, "noise floor", f"not measured: {why}"))
-    other = build_arguments(twin_problem(setup.problem, twin), contract)
+    other = build_arguments(twin_problem(setup.problem, twin), contract, fences=setup.fences)
     check_setup(other, contract)
     result = launch(
         contract,

@@ -17,6 +17,8 @@ from harness.cache.slots import NewToken, new_tokens, slot_mapping
 from harness.cache.verify import verify_cache
 from harness.errors import SetupBug
 from harness.kernel.check_writer import check_writer_arguments
+from harness.kernel.contract import Contract
+from harness.kernel.fences import NO_FENCES, Fences, fence_writer
 from harness.kernel.guarded import same_bits, strided_copy
 from harness.kernel.writer import WriterArguments, WriterContract
 from harness.problem.problem import Problem
@@ -33,6 +35,7 @@ class Writing:
     args: WriterArguments
     tokens: tuple[NewToken, ...]  # those that have a slot
     edge: EdgeToken | None  # one of them
+    fenced: frozenset[str]  # buffers with nothing mapped around them
 
     def on_memory(self, k: torch.Tensor, v: torch.Tensor) -> Writing:
         """The same on other memory (see harness.cache.layouts for the shapes), which holds the same."""
@@ -40,10 +43,14 @@ class Writing:
         return replace(self, memory=memory, args=args)
 
 
-def build_writing(problem: Problem, contract: WriterContract, plant: Plant) -> Writing:
-    """What `contract` is handed for `problem`, on memory that holds the context, with the fault of `plant` in it."""
+def build_writing(
+    problem: Problem, contract: Contract, writer: WriterContract, plant: Plant, fences: Fences = NO_FENCES
+) -> Writing:
+    """What `writer` is handed before the kernel of `contract`, on memory that holds the context of `problem`, with the
+    fault of `plant` in it. Raises what build_cache and fencing do.
+    """
     case = problem.case
-    memory = build_cache(problem, Content.WRITTEN, poison=plant.pool_poison)
+    memory = build_cache(problem, Content.WRITTEN, window_pages=contract.window_pages, poison=plant.pool_poison)
     edge = edge_token(problem, memory)
     tokens = new_tokens(case.rows, memory.pages, case.page_size) + (() if edge is None else (edge.token,))
     k, v = handed_tokens(problem, memory, edge)
@@ -60,7 +67,9 @@ def build_writing(problem: Problem, contract: WriterContract, plant: Plant) -> W
         kv_dtype=case.kv_dtype,
         kv_block_descale=memory.kv_block_descale,
     )
-    return Writing(contract, problem, memory, plant.writer_arguments(args), tokens, edge)
+    args, fenced = fence_writer(fences, args, contract.room)
+    memory = replace(memory, k=args.k_cache, v=args.v_cache)
+    return Writing(writer, problem, memory, plant.writer_arguments(args), tokens, edge, fenced)
 
 
 def handed_tokens(problem: Problem, memory: KVCache, edge: EdgeToken | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,8 +80,8 @@ def handed_tokens(problem: Problem, memory: KVCache, edge: EdgeToken | None) -> 
     return with_more(problem, memory.new_k, k), with_more(problem, memory.new_v, v)
 
 
-def check_writing(writing: Writing) -> None:
-    """Raise SetupBug where the arguments or the memory are not what the writer has to find."""
+def check_writing(writing: Writing, contract: Contract) -> None:
+    """Raise SetupBug where the arguments or the memory are not what a writer before `contract` has to find."""
     problem, memory, args = writing.problem, writing.memory, writing.args
     check_writer_arguments(writing.contract, problem.case, args, writing.tokens)
     k, v = handed_tokens(problem, memory, writing.edge)
@@ -88,4 +97,4 @@ def check_writing(writing: Writing) -> None:
     for name, tensor in built.items():
         if not same_bits(getattr(args, name), tensor):
             raise SetupBug(f"{name} of the writer", "the values that were built for this case", "others")
-    verify_cache(problem, memory, Content.WRITTEN)
+    verify_cache(problem, memory, Content.WRITTEN, contract.window_pages)

@@ -57,6 +57,7 @@ KERNELS: tuple[Contract, ...] = (
         content=Content.ALL,
         features=_COMMON,
         layouts=_LAYOUTS,
+        window_pages="dead",  # no key in front of the window is loaded
         launches=("paged_decode_kernel",),
         needs=("triton",),
         install_hint=_INSTALL,

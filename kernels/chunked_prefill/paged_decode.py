@@ -107,6 +107,7 @@ def paged_decode_kernel(
     for start in range(oldest // KEYS * KEYS, seq_len, KEYS):
         key_pos = start + tl.arange(0, KEYS)
         cached = key_pos < seq_len
+        cached = cached & (key_pos >= oldest)  # the page of an older key may be gone
         page = tl.load(block_table_ptr + seq.to(tl.int64) * stride_table + key_pos // page_size, mask=cached, other=0)
         slot = key_pos % page_size
         k = load_cached(

@@ -313,12 +313,13 @@ def test_a_declared_over_read_of_slots(tmp_path: Path) -> None:
     assert told(run(replace(contract, over_reads=fewer), one))[0].startswith("read too far: K and V of position 47 ")
 
 
-def test_pages_that_left_the_window_are_dead_where_the_contract_says_so() -> None:
+def test_pages_that_left_the_window_are_dead_where_the_contract_says_so(tmp_path: Path) -> None:
     """The kernel reads a tile of 64 keys: harmless where those pages still stand, a fault where they are gone."""
     one = case("paged_decode", (1, 1), (60, 5), sliding_window=16)
-    contract = KERNELS["paged_decode"]
-    assert run(contract, one).outcome is Outcome.PASS
-    verdict = run(replace(contract, window_pages="dead"), one)
+    assert run(KERNELS["paged_decode"], one).outcome is Outcome.PASS
+    contract = faulty("paged_decode", tmp_path, "cached & (key_pos >= oldest)", "cached")
+    assert run(replace(contract, window_pages="live"), one).outcome is Outcome.PASS
+    verdict = run(contract, one)
     assert verdict.outcome is Outcome.FAIL
     assert [line.partition(" (")[0] for line in told(verdict)[::2]] == ["read, though dead: K and V of positions 0..31"]
 

@@ -109,6 +109,20 @@ def test_all_is_undone_in_reverse_order_after_the_device_has_come_to_rest(books:
     assert [args for name, args in undone if name == "Unmap"] == mapped[::-1]
 
 
+@pytest.mark.parametrize("size", [0, 1, GRANULE, GRANULE + 1])
+def test_fenced_memory_has_reserved_addresses_around_it_that_nothing_is_mapped_to(books: Books, size: int) -> None:
+    data = pool_gpu.fenced_gpu(size, 3 * GRANULE - 1, DEVICE, GRANULE)
+    ((first, span, _, handle, _),) = books.of("Map")
+    (_, reserved, *_), *_ = books.of("AddressReserve")
+    assert (first, len(data), books.sizes[handle]) == (START + 3 * GRANULE, span, span)
+    assert size <= span < size + GRANULE + (not size)
+    assert START + reserved == first + span + 3 * GRANULE
+    before = len(books.log)
+    del data
+    gc.collect()
+    assert [name for name, _ in books.log[before:]] == ["synchronize", "Unmap", "Release", "AddressFree"]
+
+
 @pytest.mark.parametrize("refuse", [("Create", 3), ("Map", 5), ("AddressReserve", 0)])
 def test_a_refusal_is_a_memory_error_and_leaves_nothing_behind(books: Books, refuse: tuple[str, int]) -> None:
     books.refuse = refuse

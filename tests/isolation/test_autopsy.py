@@ -12,7 +12,7 @@ import pytest
 
 from harness.isolation.alone import Alone
 from harness.isolation.autopsy import Death, autopsy, stack_of
-from harness.isolation.fault_address import read_fault_address
+from harness.isolation.fault_address import Fault, read_fault
 from harness.isolation.postmortem import memory_kills, second_opinion
 from harness.kernel.buffer_map import Span
 from harness.run.outcome import Outcome
@@ -122,7 +122,7 @@ def test_a_crash_that_happens_again_is_the_cases_own() -> None:
 )
 def test_the_address_of_a_crash_names_the_buffer(fault: int, said: str) -> None:
     crash = autopsy(Death(-11, SEGFAULT), 5.0, KERNELS)
-    alone = replace(_alone(None), fault=fault, buffers=BUFFERS if fault else ())
+    alone = replace(_alone(None), fault=Fault(fault, "read"), buffers=BUFFERS if fault else ())
     seen = second_opinion(crash, alone, None, 5.0)
     assert seen.reason == f"{crash.reason}, {said}"
 
@@ -149,7 +149,9 @@ def test_the_address_of_a_fatal_access_is_noted(tmp_path: Path, how: str, addres
     arguments = [sys.executable, "-c", FAULT, str(PROJECT), str(tmp_path / "fault"), how]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == -11
-    assert read_fault_address(tmp_path / "fault") == address
+    fault = read_fault(tmp_path / "fault")
+    assert (fault and fault.address) == address
+    assert fault is None or fault.access in ("read", "touched")
     assert "Segmentation fault" in done.stderr  # faulthandler has its say all the same
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from harness.case import Case, Rows
+from harness.kernel.fences import Fences
 from harness.kernel.registry import find_kernels, find_writers
 from harness.run.outcome import Outcome, Verdict
 from harness.run.plant import NO_PLANT, PLANTS, Plant
@@ -169,6 +170,16 @@ def test_unchecked_it_shows_in_the_memory(name: str, words: tuple[str, ...]) -> 
 @pytest.mark.parametrize("name", ["zero-pool", "index-int64", "decode-token-missing"])
 def test_the_other_plants_are_test_bugs_as_without_a_writer(name: str) -> None:
     assert run(CASE, PLANTS[name]).outcome is Outcome.TEST_BUG
+
+
+@pytest.mark.parametrize("steps", [1, 6])
+@pytest.mark.parametrize("writer", ["cache_writer", "token_skipped", "padding_stored"])
+def test_behind_fences_the_same_is_found(writer: str, steps: int) -> None:
+    rows = Rows("three", (5, 1, 3), (20, 33, 2))
+    case = replace(CASE, rows=rows, writer=writer, strides="all", steps=steps)
+    verdict = run_case(case, KERNELS[case.kernel], Options(device="cpu", fences=Fences(on=True)))
+    expected = Outcome.PASS if writer == "cache_writer" else Outcome.FAIL
+    assert verdict.outcome is expected, verdict.reason
 
 
 def test_padding_is_there_and_holds_poison() -> None:

@@ -46,6 +46,21 @@ KERNELS = (
     replace(_toy("illegal", "stores where nothing is mapped"), entry="on_device.py:illegal", needs=("triton",)),
     replace(_toy("asserting", "fails a device assert"), entry="on_device.py:asserting", needs=("triton",)),
     replace(_toy("endless", "does not end on the device"), entry="on_device.py:endless", needs=("triton",)),
+    *(
+        replace(_toy(f"beyond_{buffer}", "touches what lies beyond a buffer"), entry=f"beyond.py:{buffer}")
+        for buffer in (
+            "block_table",
+            "seq_lens",
+            "query_start_loc",
+            "q",
+            "k_cache",
+            "v_cache",
+            "v_scale",
+            "out",
+            "far_behind",
+            "before",
+        )
+    ),
     _toy("careless", "right, and leaves torch with other settings"),
     replace(_toy("broken", "does not exist"), entry="no_such_file.py:launch"),
     replace(_toy("rude", "right, and leaves torch with other settings when imported"), entry="rude.py:honest"),

@@ -31,6 +31,23 @@ def endless_kernel(flag):
     tl.store(flag, value)
 
 
+@triton.jit
+def touch_kernel(memory, offset, here, STORE: tl.constexpr):
+    byte = tl.arange(0, 4)
+    if STORE:
+        tl.store(memory + offset + byte, tl.load(here + byte))
+    else:
+        tl.store(here + byte, tl.load(memory + offset + byte))
+
+
+def touch(tensor: torch.Tensor, offset: int, *, store: bool) -> None:
+    """Read (or store) the 4 bytes `offset` bytes behind the first element of `tensor`, whatever lies there."""
+    memory = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+    first = tensor.storage_offset() * tensor.element_size()
+    here = torch.zeros(4, dtype=torch.uint8, device=tensor.device)
+    touch_kernel[(1,)](memory, first + offset, here, store)
+
+
 def illegal(args: LaunchArguments) -> None:
     illegal_kernel[(1,)](args.out, FAR)
 
