@@ -35,7 +35,8 @@ class CacheOutput(GuardedOutput):
 def through_writer(setup: Setup, *, program_order_seed: int, buffer_map: Path | None = None) -> Setup | Verdict:
     """Launch the writer of `setup`: the set-up that attention goes on with, or FAIL where the writer is wrong.
 
-    buffer_map: where the addresses of its buffers are written before. Raises KernelNotFound, OutOfMemory and what launch lets through.
+    buffer_map: where the addresses of its buffers are written before. Raises KernelNotFound, OutOfMemory and what
+    launch lets through.
     """
     writing = setup.writing
     assert writing is not None
