@@ -2,7 +2,7 @@
 
 Invariant: it lies on a page of no sequence and is poisoned again before attention runs; so values that no honest batch
 holds (beyond the largest number, halfway between two, below the smallest) show how a writer rounds, and move no output.
-Where descales are per page its page has none, and there is no such token.
+Where descales are per page its page has none, and in a boundary probe no memory: there is no such token then.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def edge_token(problem: Problem, memory: KVCache) -> EdgeToken | None:
     """The edge token of `problem`, on the last page of `memory` that no sequence has; None where there is none."""
     used = {page for pages in memory.pages for page in pages}
     free = next((page for page in reversed(range(1, memory.num_pages)) if page not in used), None)
-    if free is None or problem.page_descales is not None:
+    if free is None or problem.page_descales is not None or problem.case.boundary is not None:
         return None
     offset = memory.page_size // 2
     place = NewToken(

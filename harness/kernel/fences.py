@@ -63,14 +63,15 @@ def fence_launch(
 
 
 def fence_writer(
-    fences: Fences, args: WriterArguments, room: Mapping[str, int]
+    fences: Fences, args: WriterArguments, *, fixed: Collection[str], room: Mapping[str, int]
 ) -> tuple[WriterArguments, frozenset[str]]:
     """What a writer is handed, in fenced memory, the caches that it stores to included; and the buffers that lie there.
 
-    room: elements behind the end of a buffer that attention may read later. Raises as fence_launch.
+    fixed: buffers that stay where they are. room: elements behind the end of a buffer that attention may read later.
+    Raises as fence_launch.
     """
     given = {**input_tensors(args), "k_cache": args.k_cache, "v_cache": args.v_cache}
-    moved = _moved(fences, given, (), room)
+    moved = _moved(fences, given, fixed, room)
     return replace(args, **moved), frozenset(moved)
 
 

@@ -23,7 +23,6 @@ from harness.interpreter.errors import MemoryFault
 from harness.kernel.arguments import LaunchArguments
 from harness.kernel.failures import is_refused_launch, kernel_error, memory_shortage
 from harness.kernel.guarded import GuardedOutput, checksum, fingerprint
-from harness.kernel.reaching import ReachingOutput
 from harness.kernel.registry import AnyContract, Launcher, WriterLauncher
 from harness.kernel.torch_state import kept_torch_state
 from harness.kernel.writer import WriterArguments, WriterContract
@@ -135,8 +134,8 @@ def _interpreted(
 
     written = {output.name: output.tensor for output in outputs}
     for output in outputs:
-        if isinstance(output, ReachingOutput):
-            written[f"surroundings of {output.name}"] = output.surroundings
+        if (around := output.surroundings) is not None:
+            written[f"surroundings of {output.name}"] = around
     interpreter = strict_interpreter(
         {**inputs, **written}, outputs=set(written), program_order_seed=seed, room=room, trace=trace
     )

@@ -43,7 +43,9 @@ BOUNDARY_AXES = ROWS_AXES | {
     "boundary", "boundary_target", "boundary_position", "placement", "num_pages", "strides", "dtype", "kv_dtype",
     "num_q_heads", "gqa_ratio", "head_size", "head_size_v", "page_table",
 }  # fmt: skip
-SERVING_AXES = ROWS_AXES | {"writer", "steps", "boundary", "causal", "placement", "data", "num_pages", "pool"}
+SERVING_AXES = ROWS_AXES | {
+    "writer", "steps", "boundary", "boundary_target", "causal", "placement", "data", "num_pages", "pool",
+}  # fmt: skip
 Predicate = Callable[[Mapping[str, Any]], bool]
 _COUPLED = (frozenset({"head_size", "head_size_v"}), ROWS_AXES)  # axes that one clause of a contract looks at together
 TUPLES = {0: "values", 1: "values", 2: "pairs", 3: "triples"}

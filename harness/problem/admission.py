@@ -110,8 +110,8 @@ def placement_refusal(case: Case) -> str | None:
 
 def serving_refusal(case: Case) -> str | None:
     """Why no writer can fill the cache of `case`, or no engine serve its rows, in one sentence; None where they can."""
-    if case.writer is not None and case.boundary is not None:
-        return "a boundary probe says where K and V lie for attention alone: no writer"
+    if case.writer is not None and case.boundary is not None and case.boundary_target not in ("kv", "k", "v"):
+        return f"boundary of {case.boundary_target}: a writer stores to K and V only"
     if case.writer is not None and case.pool == "aliased":
         return "pool aliased: what a writer stores to is compared whole, and dense"
     if case.writer is not None and case.placement.repeats:
@@ -122,6 +122,7 @@ def serving_refusal(case: Case) -> str | None:
     needs = {
         "a writer, which stores what each step computes": case.writer is not None,
         "a causal mask: later tokens are not there yet": case.causal,
+        "a pool that no boundary probe lays out": case.boundary is None,
         "prompts of at least one token": min(case.rows.seq_lens) > 0,
         "placement shuffled: its scheduler gives out pages": case.placement.kind == "shuffled",
         "a data law that is not auto or bar_codes": case.data not in (AUTO, "bar_codes"),

@@ -7,10 +7,15 @@ only memory that is that, byte for byte, goes on to attention. What is wrong bef
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.cache.written import WriteFinding, judge_memory
+import torch
+
+from harness.cache.pool import Pool
+from harness.cache.seen_slots import WriteFinding
+from harness.cache.written import judge_memory
 from harness.errors import KernelRaised
 from harness.kernel.buffer_map import write_buffer_map
 from harness.kernel.guarded import GuardedOutput
@@ -25,8 +30,18 @@ from harness.triage.wording import without_numbers
 MAX_TOLD = 6
 
 
+@dataclass(frozen=True)
 class CacheOutput(GuardedOutput):
-    """A cache that a writer stores to: all of its allocation is compared afterwards."""
+    """A cache that a writer stores to: all of its memory is compared afterwards. pool: of a boundary probe."""
+
+    pool: Pool | None
+
+    @property
+    def surroundings(self) -> torch.Tensor | None:
+        if self.pool is None:
+            return None
+        size = self.tensor.element_size()
+        return self.pool.bytes[: len(self.pool.bytes) // size * size].view(self.tensor.dtype)  # [elements]
 
     def overrun(self) -> str | None:
         return None
@@ -40,6 +55,7 @@ def through_writer(setup: Setup, *, program_order_seed: int, buffer_map: Path | 
     """
     writing = setup.writing
     assert writing is not None
+    pools = writing.memory.pools_by_argument
     caches = {"k_cache": writing.memory.k, "v_cache": writing.memory.v}
     if buffer_map is not None:
         write_buffer_map(buffer_map, {**input_tensors(writing.args), **caches}, writing.fenced)
@@ -49,7 +65,7 @@ def through_writer(setup: Setup, *, program_order_seed: int, buffer_map: Path | 
             setup.problem.case,
             load_entry(writing.contract),
             writing.args,
-            tuple(CacheOutput(name, tensor, tensor) for name, tensor in caches.items()),
+            tuple(CacheOutput(name, cache, cache, pools.get(name)) for name, cache in caches.items()),
             program_order_seed=program_order_seed,
         )
     except KernelRaised as error:

@@ -46,7 +46,8 @@ class Setup:
         """The same after the writer left what it had to, by the device kernels `wrote`: attention reads that memory."""
         assert self.writing is not None
         memory = self.writing.memory
-        cache = replace(self.cache, k=memory.k, v=memory.v, pools=memory.pools)
+        pools = {**self.cache.pools, **memory.pools}
+        cache = replace(self.cache, k=memory.k, v=memory.v, pools=pools, decoys=memory.decoys)
         args = replace(self.args, k_cache=memory.k, v_cache=memory.v)
         return replace(self, cache=cache, args=args, writing=None, wrote=wrote)
 

@@ -67,7 +67,7 @@ def build_writing(
         kv_dtype=case.kv_dtype,
         kv_block_descale=memory.kv_block_descale,
     )
-    args, fenced = fence_writer(fences, args, contract.room)
+    args, fenced = fence_writer(fences, args, fixed=memory.pools_by_argument, room=contract.room)
     memory = replace(memory, k=args.k_cache, v=args.v_cache)
     return Writing(writer, problem, memory, plant.writer_arguments(args), tokens, edge, fenced)
 

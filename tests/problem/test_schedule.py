@@ -121,7 +121,8 @@ def test_a_token_is_the_same_in_every_step_that_sees_it() -> None:
         ({"rows": Rows("empty", (1,), (-1,))}, "needs prompts of at least one token"),
         ({"data": "bar_codes"}, "needs a data law that is not auto or bar_codes"),
         ({"num_pages": 9}, "needs at least 10 pages"),
-        ({"boundary": "page16"}, "no writer"),
+        ({"boundary": "page16"}, "needs a pool that no boundary probe lays out"),
+        ({"boundary": "page16", "boundary_target": "out"}, "a writer stores to K and V only"),
         ({"pool": "aliased"}, "compared whole"),
     ],
 )

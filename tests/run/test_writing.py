@@ -172,6 +172,42 @@ def test_the_other_plants_are_test_bugs_as_without_a_writer(name: str) -> None:
     assert run(CASE, PLANTS[name]).outcome is Outcome.TEST_BUG
 
 
+PROBE = replace(
+    CASE,
+    kv_dtype="auto",
+    gqa_ratio=4,
+    head_size=64,
+    data="needle",
+    rows=Rows("prefill_then_decode", (3, 1), (20, 14)),
+    boundary="elements31",
+    boundary_target="k",
+    boundary_position="above",
+)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "axes",
+    [
+        {},
+        {"boundary": "bytes32", "boundary_target": "v", "boundary_position": "straddling"},
+        {"boundary": "carry", "layout": "vllm_classic", "boundary_position": "straddling"},
+        {"boundary": "page16", "boundary_target": "kv", "page_size": 8, "head_size": 16, "kv_dtype": "fp8_e4m3"},
+    ],
+)
+def test_the_writer_of_the_tree_stores_beyond_every_boundary(axes: dict[str, object], device: str) -> None:
+    verdict = run(replace(PROBE, **axes), device=device)  # type: ignore[arg-type]
+    assert verdict.outcome is Outcome.PASS, verdict.reason
+
+
+def test_a_store_to_a_wrapped_address_is_told_by_its_fault() -> None:
+    verdict = run(replace(PROBE, writer="offsets_of_32_bits"))
+    assert verdict.outcome is Outcome.FAIL, verdict.reason
+    assert "was stored at element -" in verdict.reason
+    assert "(2^32 x -1): a signed 32-bit offset in elements wraps" in verdict.reason
+    assert run(replace(PROBE, writer="offsets_of_32_bits", boundary=None)).outcome is Outcome.PASS
+
+
 @pytest.mark.parametrize("steps", [1, 6])
 @pytest.mark.parametrize("writer", ["cache_writer", "token_skipped", "padding_stored"])
 def test_behind_fences_the_same_is_found(writer: str, steps: int) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from harness.cache.layouts import Slots, by_slot
+from harness.cache.probe import storage_bits
 from harness.cache.quantise import bits_of
 from harness.kernel.writer import WriterArguments
 
@@ -146,3 +147,15 @@ def input_written(args: WriterArguments) -> None:
 
 def raising(args: WriterArguments) -> None:
     raise ValueError("no such slot")
+
+
+def offsets_of_32_bits(args: WriterArguments) -> None:
+    """For linear_nhd without quantisation: the offset of an element is a signed 32-bit number."""
+    token = (args.slot_mapping >= 0).nonzero()[:, 0]
+    slot, size = args.slot_mapping[token], page_size_of(args)
+    for new, cache in ((args.k, args.k_cache), (args.v, args.v_cache)):
+        page_stride, slot_stride, head_stride, _ = cache.stride()
+        inner = torch.arange(new.shape[1])[:, None] * head_stride + torch.arange(new.shape[2])
+        offset = (slot // size * page_stride + slot % size * slot_stride)[:, None, None] + inner.to(slot.device)
+        memory = storage_bits(cache)
+        memory[offset.to(torch.int32).long() + int(cache.storage_offset())] = bits_of(new)[token]
