@@ -54,6 +54,7 @@ def case_of(kernel: str, pages: int, seed: int, needs: Mapping[str, Any]) -> Cas
         rows=Rows("chunk", (QUERIES,), (KEYS - QUERIES,)),
         dtype="bf16",
         kv_dtype="fp8_e4m3",
+        descales_per="page",
         descales="quiet",
         num_q_heads=HEADS,
         gqa_ratio=GROUP,
@@ -75,7 +76,9 @@ def run_seed(work: tuple[str, str, int, int]) -> Hits:
     @functools.cache
     def staged(needs: tuple[tuple[str, Any], ...], theirs: bool) -> tuple[Staged, Callable[[], Outputs]]:
         case = case_of(kernel_name, pages, seed, dict(needs))
-        ready = stage(replace(case, data="tiny", descales="one") if theirs else case, kernel, device)
+        ready = stage(
+            replace(case, data="tiny", descales_per="tensor", descales="one") if theirs else case, kernel, device
+        )
         return ready, _replayed(ready, unquantised=theirs)
 
     hits = {}

@@ -18,7 +18,6 @@ from harness.kernel.arguments import LaunchArguments
 from harness.kernel.contract import FEATURES, Contract
 from harness.kernel.numerics import NumericsProfile
 from harness.kernel.registry import Launcher, find_kernels, load_entry
-from harness.problem.admission import DESCALES
 from references.attention import AttentionInputs
 from tests.oracle.emulated_kernel import Schedule, run_emulated
 
@@ -84,7 +83,7 @@ EMULATED: tuple[tuple[Contract, Launcher], ...] = tuple(
             entry="",
             content=Content.ALL,
             features=frozenset(FEATURES) - {"queries_before_keys"},
-            descales=frozenset(DESCALES),
+            descales_per=frozenset({"tensor", "page"}),
             numerics=profile,
         ),
         functools.partial(_launch, profile),

@@ -82,7 +82,7 @@ def _drawn(draw: random.Random, contract: Contract, index: int) -> Case:
         rows=draw.choice((*DECODE, *WHOLE, *MIXED)),
         dtype=draw.choice(sorted(contract.dtypes)),
         kv_dtype=kv_dtype,
-        descales="per_tensor" if kv_dtype == "auto" else draw.choice(sorted(contract.descales)),
+        descales_per="tensor" if kv_dtype == "auto" else draw.choice(sorted(contract.descales_per)),
         num_q_heads=heads,
         gqa_ratio=group,
         head_size=draw.choice((64, 128)),

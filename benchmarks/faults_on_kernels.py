@@ -69,6 +69,7 @@ class Planned:
 _MIXED = ((64, 1000), (129, 463), (1, 700))
 _DECODE = ((1, 300), (1, 1500), (1, 700))
 _FP8 = {"kv_dtype": "fp8_e4m3"}
+_QUIET = {**_FP8, "descales_per": "page", "descales": "quiet"}
 GROUPS: dict[str, Group] = {
     "mixed": Group(
         "chunked_prefill_paged_decode",
@@ -86,7 +87,7 @@ GROUPS: dict[str, Group] = {
         (
             {"dtype": "bf16", "num_splits": 16},
             {"dtype": "bf16", **_FP8, "sliding_window": 64, "num_splits": 16},
-            {"dtype": "bf16", **_FP8, "descales": "quiet", "num_splits": 16},
+            {"dtype": "bf16", **_QUIET, "num_splits": 16},
             {"dtype": "fp16", **_FP8, "num_splits": 16},
         ),
     ),
@@ -94,8 +95,8 @@ GROUPS: dict[str, Group] = {
         "unified_paged",
         (((128, 2048),), ((1, 2048), (1, 2048))),
         (
-            {"dtype": "bf16", **_FP8, "descales": "quiet"},
-            {"dtype": "bf16", **_FP8, "descales": "quiet", "num_splits": 4},
+            {"dtype": "bf16", **_QUIET},
+            {"dtype": "bf16", **_QUIET, "num_splits": 4},
         ),
         page_size=1024,
     ),

@@ -59,7 +59,7 @@ def page_descale(which: str, factor: float) -> Change:
         stored = element_type(staged.case.stored_dtype)
         if staged.case.kv_dtype == "auto":
             values = values.to(stored.torch)
-        payload = quantise(values, problem.k_scale if which == "k" else problem.v_scale, stored)
+        payload = quantise(values, problem.descale(which)[0], stored)
         pool, slots = _copied(args, which)
         slot = torch.arange(len(payload), device=pool.device)
         slots.store(torch.full_like(slot, page), slot, bits_of(payload))

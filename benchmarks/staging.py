@@ -5,7 +5,7 @@ Invariant: the reference belongs to what was staged; whatever a launch is handed
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from emulated import EMULATED
@@ -134,6 +134,7 @@ class Staged:
 def stage(case: Case, kernel: Kernel, device: torch.device) -> Staged:
     """Build everything but the launch."""
     problem = build_problem(case, device)
+    kernel = replace(kernel, contract=kernel.contract.of_output(case.out_dtype, problem.output_scale))
     setup = build_arguments(problem, kernel.contract)
     inputs = reference_inputs(problem, setup.cache, kernel.contract)
     reference = attend(inputs, rounding_of(kernel.contract.numerics, case.dtype))

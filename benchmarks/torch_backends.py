@@ -18,7 +18,6 @@ from harness.kernel.arguments import LaunchArguments
 from harness.kernel.contract import Contract
 from harness.kernel.numerics import NumericsProfile
 from harness.kernel.registry import Launcher
-from harness.problem.admission import DESCALES
 from references.attention import AttentionInputs
 
 # q, k, v [1, heads, tokens, d] in the query dtype, causal (top left) or not, scale: out [1, heads, rows, dv] and, where
@@ -127,7 +126,7 @@ def _backend(
         content=Content.ALL,
         features=frozenset({"noncausal", "prefill", "softmax_scale", "strided_cache", "strided_inputs"}),
         dtypes=frozenset(dtypes),
-        descales=frozenset(DESCALES),
+        descales_per=frozenset({"tensor", "page"}),
         returns_lse=lse,
         numerics=numerics,
     )

@@ -59,9 +59,12 @@ class Case:
     matrix: str
     kernel: str
     rows: Rows
-    dtype: str = "fp16"  # fp32 | fp16 | bf16: q, new k and v, out
-    kv_dtype: str = "auto"  # auto (= dtype) | fp8_e4m3 | fp8_e5m2
-    descales: str = "per_tensor"  # per_tensor | quiet, loud (per page and KV head) | one: all 1
+    dtype: str = "fp16"  # fp32 | fp16 | bf16: new k and v, and whatever is auto
+    kv_dtype: str = "auto"  # auto (= dtype) | fp8_e4m3 | fp8_e4m3fnuz | fp8_e5m2 | fp8_e5m2fnuz | int8: the cache
+    descales_per: str = "tensor"  # tensor | head | page, token (of each KV head): what has a descale of its own
+    descales: str = "loud"  # loud | quiet | equal | one: the law they are drawn by
+    q_dtype: str = "auto"  # auto (= dtype) | fp8 words: what q is stored in
+    out_dtype: str = "auto"  # auto | fp8 words: what the output is stored in
     num_q_heads: int = 8
     gqa_ratio: int = 1
     head_size: int = 128
@@ -106,6 +109,6 @@ class Case:
         return self.dtype if self.kv_dtype == "auto" else self.kv_dtype
 
     @property
-    def descales_per_page(self) -> bool:
-        """Whether every page and KV head has descales of its own, in one more argument of the kernel."""
-        return self.descales in ("quiet", "loud")
+    def query_dtype(self) -> str:
+        """Name of the dtype that q is handed over in."""
+        return self.dtype if self.q_dtype == "auto" else self.q_dtype

@@ -113,6 +113,10 @@ def scopes(case: Case, contract: Contract, cache: KVCache, args: LaunchArguments
         "k_cache": cache.k,
         "v_cache": cache.v,
         "kv_block_descale": cache.kv_block_descale,
+        "k_token_descale": cache.k_token_descale,
+        "v_token_descale": cache.v_token_descale,
+        "k_scale": cache.k_scale,
+        "v_scale": cache.v_scale,
         "k": cache.new_k,
         "v": cache.new_v,
     }
@@ -127,9 +131,15 @@ def scopes(case: Case, contract: Contract, cache: KVCache, args: LaunchArguments
         elif name == "kv_page_indices":
             scope = _index_list(tensor, contract.over_read(name), cache, lengths)
         elif name in ("k_cache", "v_cache"):
-            scope = _slots(name, tensor, case, cache, contract.over_read(name), lengths)
+            grid = cache_grid(tensor, case.layout, name[0])
+            scope = _of_slots(name, grid, case, cache, contract.over_read(name), lengths)
         elif name == "kv_block_descale":
             scope = _descales(tensor, case, cache, lengths)
+        elif name in ("k_token_descale", "v_token_descale"):
+            grid = Grid.of(tensor, (case.page_size * case.num_kv_heads, case.num_kv_heads, 1), (0, 0, 0))
+            scope = _of_slots(name, grid, case, cache, 0, lengths)
+        elif name in ("k_scale", "v_scale"):
+            scope = _of_heads(name, tensor, case, lengths)
         else:
             scope = _new_tokens(name, tensor, case, lengths)
         found += [scope] if scope is not None else []
@@ -176,9 +186,10 @@ def _index_list(table: torch.Tensor, room: int, cache: KVCache, lengths: _Length
     return Scope("kv_page_indices", grid, may, None, 1, 1, base, paged=True)
 
 
-def _slots(name: str, tensor: torch.Tensor, case: Case, cache: KVCache, room: int, lengths: _Lengths) -> Scope | None:
-    """Slots of K or V; with `room`, on to that many behind the cached tokens, on pages that the table row names."""
-    grid = cache_grid(tensor, case.layout, name[0])
+def _of_slots(name: str, grid: Grid | None, case: Case, cache: KVCache, room: int, lengths: _Lengths) -> Scope | None:
+    """Slots of K or V, or of their descales; with `room`, on to that many behind the cached tokens, on pages that the
+    table row names.
+    """
     if grid is None:
         return None
     base = []
@@ -202,6 +213,18 @@ def _descales(tensor: torch.Tensor, case: Case, cache: KVCache, lengths: _Length
     may = tuple((first // case.page_size, n) for first, n in zip(lengths.alive, lengths.pages, strict=True))
     must = tuple((0, n) for n in lengths.pages)
     return Scope("kv_block_descale", grid, may, must, case.page_size, case.num_kv_heads, base, paged=True)
+
+
+def _of_heads(name: str, tensor: torch.Tensor, case: Case, lengths: _Lengths) -> Scope | None:
+    """Descales of K or V by KV head: whoever sees a cached token needs that of its head, and a sequence without one may
+    read it. None where one is for all.
+    """
+    grid = Grid.of(tensor, (1,), (0,))
+    if case.descales_per != "head" or grid is None:
+        return None
+    base = tuple(np.zeros(max(n, 1), dtype=np.int64) for n in lengths.cached)
+    may, must = tuple((0, max(n, 1)) for n in lengths.cached), tuple((0, n) for n in lengths.cached)
+    return Scope(name, grid, may, must, 1, case.num_kv_heads, base, paged=False)
 
 
 def _new_tokens(name: str, tensor: torch.Tensor, case: Case, lengths: _Lengths) -> Scope | None:

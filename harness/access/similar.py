@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from harness.oracle.findings import AccessFinding
 
-TWINS = {"v_cache": "k_cache", "v": "k"}
+TWINS = {"v_cache": "k_cache", "v": "k", "v_token_descale": "k_token_descale", "v_scale": "k_scale"}
 
 
 def similar(found: Iterable[AccessFinding]) -> tuple[AccessFinding, ...]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from harness.cache.content import Content, is_decode
+from harness.cache.descale_buffers import block_descale, tensor_scale, token_descale
 from harness.cache.layouts import by_slot
 from harness.cache.page_pool import allocate_pages
 from harness.cache.page_table import PageTable, block_table, kv_indices
@@ -40,8 +41,8 @@ class KVCache:
     block_table: torch.Tensor | None  # [num_seqs, max_pages] int32; None where the pages come as kv_page_indices
     seq_lens: torch.Tensor  # [num_seqs] int32
     query_start_loc: torch.Tensor  # [num_seqs + 1] int32
-    k_scale: torch.Tensor  # [1] float32; NaN where descales are per page
-    v_scale: torch.Tensor  # [1] float32
+    k_scale: torch.Tensor  # [1] float32, NaN where descales come by page or token; [num_kv_heads] by head
+    v_scale: torch.Tensor
     cached_lens: tuple[int, ...]  # leading tokens of each sequence that were stored
     pages: tuple[tuple[int, ...], ...]  # physical pages of each sequence, in order
     num_pages: int
@@ -51,6 +52,8 @@ class KVCache:
     new_k: torch.Tensor | None  # [num_tokens, num_kv_heads, head_size] in the dtype of the case; None for content `all`
     new_v: torch.Tensor | None  # [num_tokens, num_kv_heads, head_size_v]
     kv_block_descale: torch.Tensor | None = None  # [num_pages, num_kv_heads, 2] float32, of K then V
+    k_token_descale: torch.Tensor | None = None  # [num_pages, page_size, num_kv_heads] float32
+    v_token_descale: torch.Tensor | None = None
     kv_indptr: torch.Tensor | None = None  # [num_seqs + 1] int32, in pages (harness.cache.page_table)
     kv_page_indices: torch.Tensor | None = None  # [total pages, then padding] int32
     kv_last_page_len: torch.Tensor | None = None  # [num_seqs] int32
@@ -114,8 +117,8 @@ def build_cache(
         block_table=table.block_table,
         seq_lens=torch.tensor(case.rows.seq_lens, dtype=torch.int32, device=device),
         query_start_loc=torch.tensor(query_start, dtype=torch.int32, device=device),
-        k_scale=torch.tensor([problem.k_scale], dtype=torch.float32, device=device),
-        v_scale=torch.tensor([problem.v_scale], dtype=torch.float32, device=device),
+        k_scale=tensor_scale(problem, "k"),
+        v_scale=tensor_scale(problem, "v"),
         cached_lens=tuple(cached_lens),
         pages=placed.pages,
         num_pages=placed.num_pages,
@@ -124,7 +127,9 @@ def build_cache(
         value_payload=payloads["v"],
         new_k=_new_tokens(problem, problem.k, content) if content.takes_new_tokens else None,
         new_v=_new_tokens(problem, problem.v, content) if content.takes_new_tokens else None,
-        kv_block_descale=_block_descale(problem, placed, dead),
+        kv_block_descale=block_descale(problem, placed, dead),
+        k_token_descale=token_descale(problem, "k", placed, live),
+        v_token_descale=token_descale(problem, "v", placed, live),
         kv_indptr=table.kv_indptr,
         kv_page_indices=table.kv_page_indices,
         kv_last_page_len=table.kv_last_page_len,
@@ -198,21 +203,6 @@ def _page_table(problem: Problem, placed: Placed) -> PageTable:
     if case.page_table == "block_table":
         return PageTable(block_table(placed, case.table_padding, device))
     return kv_indices(placed, case.rows.seq_lens, case.page_size, case.table_padding, device)
-
-
-def _block_descale(problem: Problem, placed: Placed, dead: Collection[int]) -> torch.Tensor | None:
-    """Descales by physical page, [num_pages, num_kv_heads, 2] float32; NaN for pages that no sequence has or that are
-    dead, and in the gaps of a strided view.
-    """
-    scales = problem.page_descales
-    if scales is None:
-        return None
-    gap = int(problem.case.strides != "compact")
-    shape = (placed.num_pages, scales.shape[1] + gap, 2 + 3 * gap)
-    block = torch.full(shape, math.nan, dtype=torch.float32, device=scales.device)[:, : scales.shape[1], :2]
-    block[[page for pages in placed.pages for page in pages]] = scales
-    block[sorted(dead)] = math.nan
-    return block
 
 
 def _new_tokens(problem: Problem, values: torch.Tensor, content: Content) -> torch.Tensor:

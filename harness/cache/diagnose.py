@@ -10,14 +10,16 @@ import math
 import torch
 
 from harness.cache.build import KVCache
-from harness.cache.poison import POISON_BITS
+from harness.cache.poison import is_poison
 from harness.cache.quantise import bits_of, quantise
 from harness.dtypes import element_type
 from harness.problem.problem import Problem
 
 
-def describe_value(value: float) -> str:
-    return "poison" if math.isnan(value) else f"{value:g}"
+def describe_value(element: torch.Tensor) -> str:
+    """One element of a cache, or of new tokens, in words; any NaN is poison."""
+    value = float(element)
+    return "poison" if math.isnan(value) or bool(is_poison(element)) else f"{value:g}"
 
 
 def describe_slot(
@@ -28,7 +30,7 @@ def describe_slot(
     own, other = (cache.key_payload, cache.value_payload) if which == "k" else (cache.value_payload, cache.key_payload)
     values, other_name = (problem.k, "v") if which == "k" else (problem.v, "k")
     key = problem.key_start[seq] + pos
-    if bool((bits == POISON_BITS).all()):
+    if bool(is_poison(found).all()):
         return f"position {pos} is poison"
     if not bool(bits.any()):
         return f"position {pos} is zero"
@@ -40,11 +42,11 @@ def describe_slot(
         if (at := find_token(problem, payload, bits)) is not None:
             return f"position {pos} holds {name}the token of sequence {at[0]}, position {at[1]}"
     if pos >= demanded:
-        return f"position {pos}, which nothing may be read from, holds {describe_value(float(found.flatten()[0]))}"
+        return f"position {pos}, which nothing may be read from, holds {describe_value(found.flatten()[0])}"
     wrong = bits != bits_of(own)[key]
     head, dim = wrong.nonzero()[0].tolist()
-    got, want = float(found[head, dim]), float(own[key, head, dim])
-    return f"position {pos}, head {head}, dim {dim} holds {describe_value(got)} instead of {want:g}"
+    got, want = describe_value(found[head, dim]), float(own[key, head, dim])
+    return f"position {pos}, head {head}, dim {dim} holds {got} instead of {want:g}"
 
 
 def find_token(problem: Problem, payload: torch.Tensor, bits: torch.Tensor) -> tuple[int, int] | None:

@@ -2,7 +2,7 @@
 
 Invariant: it lies on a page of no sequence and is poisoned again before attention runs; so values that no honest batch
 holds (beyond the largest number, halfway between two, below the smallest) show how a writer rounds, and move no output.
-Where descales are per page its page has none, and in a boundary probe no memory: there is no such token then.
+Where descales come by page or token it has none, and in a boundary probe no memory: there is no such token then.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 from harness.cache.address import address
 from harness.cache.build import KVCache
-from harness.cache.poison import POISON_BITS, poisoned
+from harness.cache.poison import poison_bits, poisoned
 from harness.cache.probe import storage_bits
 from harness.cache.quantise import quantise
 from harness.cache.slots import NO_SEQUENCE, PADDING, NewToken
@@ -42,14 +42,15 @@ class EdgeToken:
         for which, tensor in (("k", memory.k), ("v", memory.v)):
             heads, dim = (self.k if which == "k" else self.v).shape[1:]
             place = address(tensor, problem.case.layout, which, heads, dim)
-            storage_bits(tensor)[place.offsets(page, offset)] = POISON_BITS
+            storage_bits(tensor)[place.offsets(page, offset)] = poison_bits(element_type(problem.case.stored_dtype))
 
 
 def edge_token(problem: Problem, memory: KVCache) -> EdgeToken | None:
     """The edge token of `problem`, on the last page of `memory` that no sequence has; None where there is none."""
     used = {page for pages in memory.pages for page in pages}
     free = next((page for page in reversed(range(1, memory.num_pages)) if page not in used), None)
-    if free is None or problem.page_descales is not None or problem.case.boundary is not None:
+    by_place = problem.case.descales_per in ("page", "token")
+    if free is None or by_place or problem.case.boundary is not None:
         return None
     offset = memory.page_size // 2
     place = NewToken(

@@ -17,8 +17,8 @@ from harness.problem.problem import Problem
 def effective_kv(problem: Problem, cache: KVCache, content: Content) -> tuple[torch.Tensor, torch.Tensor]:
     """float32 k [num_keys, num_kv_heads, head_size] and v [num_keys, num_kv_heads, head_size_v], packed by sequence.
 
-    Tokens that `content` keeps in the cache are payload * descale (one float32 product; of their page and head where
-    descales are per page); the others are the new tokens as they are.
+    Tokens that `content` keeps in the cache are payload * descale (one float32 product); the others are the
+    new tokens as they are.
     """
     from_cache = _from_cache(problem, content)
 

@@ -1,7 +1,7 @@
 """Between values and the payload a cache stores: payload = value / scale, value = payload * scale.
 
-Invariant: a cache in the dtype of the case (scale 1) stores the very bits of the value; an fp8 cache stores the nearest
-number, ties to even, and the largest one where the value lies beyond.
+Invariant: a cache in the dtype of the case (scale 1) stores the very bits of the value; a quantised one stores payloads
+(harness.problem.payload).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from harness.dtypes import ElementType
+from harness.problem.payload import payload_of
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 
@@ -17,9 +18,7 @@ def quantise(values: torch.Tensor, scale: float | torch.Tensor, stored: ElementT
     """Payload of `values`: `stored` dtype, same shape; `scale` broadcasts against them. The division is in float32."""
     if values.dtype == stored.torch:
         return values
-    divisor = torch.as_tensor(scale, dtype=torch.float32, device=values.device)
-    divisor = divisor.expand_as(values)  # as a tensor of that shape: a number may become its reciprocal
-    return (values.to(torch.float32) / divisor).clamp(-stored.largest, stored.largest).to(stored.torch)
+    return payload_of(values, scale, stored)
 
 
 def dequantise(payload: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,6 @@ contract takes them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,12 +19,12 @@ from harness.cache.build import KVCache
 from harness.cache.content import Content, is_decode, phase
 from harness.cache.diagnose import describe_slot, describe_value
 from harness.cache.page_table import page_ids, table_name
-from harness.cache.poison import POISON_BITS, tail_bits
-from harness.cache.pool import POISON_BYTE, Pool
+from harness.cache.poison import is_poison, poison_bits, tail_bits
+from harness.cache.pool import Pool
 from harness.cache.probe import storage_bits
 from harness.cache.quantise import bits_of
 from harness.cache.table_probe import shared_is_poison
-from harness.cache.verify_descale import verify_block_descale
+from harness.cache.verify_descale import verify_descales
 from harness.cache.window import dead_columns, dead_pages
 from harness.dtypes import element_type
 from harness.errors import SetupBug
@@ -43,10 +42,9 @@ def verify_cache(problem: Problem, cache: KVCache, content: Content, window_page
     dead = _dead_pages(problem, cache, content, window_pages)
     for which in ("k", "v"):
         verify_payload(problem, cache, which)
-        _verify_scale(problem, cache, which)
         _verify_pool(problem, cache, content, dead, which)
         _verify_new_tokens(problem, cache, content, which)
-    verify_block_descale(problem, cache, dead)
+    verify_descales(problem, cache, content, dead)
     if "table" in cache.pools and not shared_is_poison(cache.pools["table"]):
         raise SetupBug("block_table", "poison in the memory that all unused addresses share", "something else")
 
@@ -63,7 +61,7 @@ def verify_payload(problem: Problem, cache: KVCache, which: str) -> None:
     """Payloads are their values: the same bits without quantisation, else within half a step of the stored type."""
     case, stored = problem.case, element_type(problem.case.stored_dtype)
     values, payload = _of(problem, cache, which)
-    descale = problem.descale(which).to(torch.float64)  # [1, 1, 1] or [num_keys, heads, 1]
+    descale = problem.descale(which).to(torch.float64)  # [1, 1, 1], [1, heads, 1] or [num_keys, heads, 1]
     step = max(1, _CHUNK // max(payload[:1].numel(), 1))
     for start in range(0, len(values), step):
         value, got = values[start : start + step], payload[start : start + step]
@@ -74,8 +72,9 @@ def verify_payload(problem: Problem, cache: KVCache, which: str) -> None:
             exact = value.to(torch.float64)
             limit = stored.largest * scale
             allowed = stored.unit_roundoff * exact.abs() + stored.half_subnormal * scale
-            wrong = (got.to(torch.float64) * scale - exact.clamp(-limit, limit)).abs() > allowed * (1 + 2.0**-20)
-            wrong |= got.to(torch.float32).isnan()
+            slack = 2.0**-20 * allowed + 2.0**-23 * exact.abs()  # the quotient is one of float32
+            wrong = (got.to(torch.float64) * scale - exact.clamp(-limit, limit)).abs() > allowed + slack
+            wrong |= got.to(torch.float32).isnan() | is_poison(got)
         if bool(wrong.any()):
             key, head, dim = wrong.nonzero()[0].tolist()
             at = float(scale.expand_as(value)[key, head, dim])
@@ -89,12 +88,6 @@ def verify_payload(problem: Problem, cache: KVCache, which: str) -> None:
             )
 
 
-def _verify_scale(problem: Problem, cache: KVCache, which: str) -> None:
-    expected, got = (problem.k_scale, cache.k_scale) if which == "k" else (problem.v_scale, cache.v_scale)
-    if float(got) != expected and not (math.isnan(expected) and math.isnan(float(got))):
-        raise SetupBug(f"{which}_scale", f"{expected:g}, which the cache was quantised with", f"{float(got):g}")
-
-
 def _verify_pool(problem: Problem, cache: KVCache, content: Content, dead_pages: frozenset[int], which: str) -> None:
     case = problem.case
     tensor = cache.k if which == "k" else cache.v
@@ -102,6 +95,7 @@ def _verify_pool(problem: Problem, cache: KVCache, content: Content, dead_pages:
     heads, dim = payload.shape[1:]
     where = address(tensor, case.layout, which, heads, dim)
     flat, dead = storage_bits(tensor), _Dead.of(cache.pool(which), tensor)
+    poison = poison_bits(element_type(case.stored_dtype))
     tail = tail_bits(element_type(case.stored_dtype), case.tail)
     for part in _slots_in_use(problem, cache, content, dead_pages, max(1, _CHUNK // (heads * dim))):
         offsets = where.offsets(part.page, part.slot)  # [n, heads * dim]
@@ -117,9 +111,9 @@ def _verify_pool(problem: Problem, cache: KVCache, content: Content, dead_pages:
         dead.take(decoy.offsets)
         if bool((flat[decoy.offsets] != decoy.bits).any()):
             raise SetupBug(f"{which}_cache", "the content that tells a wrong address", "other content")
-    if (offset := dead.stray(flat)) is not None:
+    if (offset := dead.stray(flat, poison)) is not None:
         _raise_stray(cache, which, tensor, where, flat, offset, dead_pages)
-    if any(bool((part != POISON_BYTE).any()) for part in cache.pool(which).shared):
+    if any(bool((part != poison & 0xFF).any()) for part in cache.pool(which).shared):
         raise SetupBug(f"{which}_cache", "poison in the memory that all unused addresses share", "something else")
 
 
@@ -151,13 +145,13 @@ class _Dead:
                 self.masks[number] = torch.ones(count, dtype=torch.bool, device=flat.device)
             self.masks[number][flat[stretch == number] - first] = False
 
-    def stray(self, flat: torch.Tensor) -> int | None:
-        """The first element left that is no poison, in `flat` [elements of the storage]."""
+    def stray(self, flat: torch.Tensor, poison: int) -> int | None:
+        """The first element left that is not `poison`, in `flat` [elements of the storage]."""
         for number, (first, count) in enumerate(self.stretches):
             here = flat[first : first + count]
-            if number not in self.masks and _is_poison(here):
+            if number not in self.masks and _all_are(poison, here):
                 continue
-            stray = here != POISON_BITS
+            stray = here != poison
             if number in self.masks:
                 stray &= self.masks[number]
             if bool(stray.any()):
@@ -165,11 +159,14 @@ class _Dead:
         return None
 
 
-def _is_poison(bits: torch.Tensor) -> bool:
-    """Whether `bits` [elements] of integers, at an address that 8 divides, are all poison: eight bytes at a time."""
+def _all_are(poison: int, bits: torch.Tensor) -> bool:
+    """Whether `bits` [elements] of integers, at an address that 8 divides, are all `poison`, whose bytes are all alike:
+    eight bytes at a time.
+    """
     whole = bits.numel() * bits.element_size() // 8 * 8 // bits.element_size()
+    word = int.from_bytes(bytes([poison & 0xFF]) * 8, "little", signed=True)
     words = bits[:whole].view(torch.int64)
-    return not bool((words != POISON_BITS).any()) and not bool((bits[whole:] != POISON_BITS).any())
+    return not bool((words != word).any()) and not bool((bits[whole:] != poison).any())
 
 
 @dataclass(frozen=True)
@@ -266,7 +263,7 @@ def _raise_stray(
     raise SetupBug(
         f"{which}_cache",
         f"poison in {place}",
-        describe_value(float(value)),
+        describe_value(value[0]),
         "memory that no token owns must be poison: a finite value hides that it is read",
     )
 
@@ -281,7 +278,8 @@ def _verify_new_tokens(problem: Problem, cache: KVCache, content: Content, which
     token = 0
     for seq, (query_len, context_len) in enumerate(zip(rows.query_lens, rows.context_lens, strict=True)):
         in_cache = content.cached_len(query_len, context_len)
-        want = torch.full_like(bits_of(new[token : token + query_len]), POISON_BITS)  # [query_len, heads, dim]
+        poison = poison_bits(element_type(problem.case.dtype))
+        want = torch.full_like(bits_of(new[token : token + query_len]), poison)  # [query_len, heads, dim]
         first = max(in_cache, context_len, 0)  # position of the first token that is an argument
         end = context_len + query_len
         if first < end:
@@ -292,7 +290,7 @@ def _verify_new_tokens(problem: Problem, cache: KVCache, content: Content, which
             at = int(wrong.nonzero()[0])
             is_argument = first <= context_len + at < end
             expected = "its new token" if is_argument else "poison: a kernel must not take this token from here"
-            got = describe_value(float(new[token + at].flatten()[0]))
+            got = describe_value(new[token + at].flatten()[0])
             raise SetupBug(which, f"{phase(query_len)} row, sequence {seq}, token {at}: {expected}", got)
         token += query_len
 

@@ -13,10 +13,11 @@ import torch
 
 from harness.cache.build import KVCache
 from harness.cache.edges import EdgeToken
-from harness.cache.pool import POISON_BYTE
+from harness.cache.poison import poison_bits
 from harness.cache.probe import storage_bits
 from harness.cache.seen_slots import SeenSlots, WriteFinding
 from harness.cache.slots import NewToken
+from harness.dtypes import element_type_of
 from harness.problem.problem import Problem
 
 MAX_LOOKED_AT = 64  # wrong slots of one tensor that are told apart; all are counted
@@ -69,7 +70,8 @@ def wrong_elements(expected: KVCache, memory: KVCache, which: str) -> tuple[torc
     for low, high in spans:
         differs = got_bits[got_start + low : got_start + high] != want_bits[want_start + low : want_start + high]
         found.append(differs.nonzero()[:, 0] + low)
-    return torch.cat(found), pool is not None and any(bool((part != POISON_BYTE).any()) for part in pool.shared)
+    byte = poison_bits(element_type_of(got.dtype)) & 0xFF
+    return torch.cat(found), pool is not None and any(bool((part != byte).any()) for part in pool.shared)
 
 
 def _joined(found: Sequence[WriteFinding]) -> tuple[WriteFinding, ...]:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from harness.isolation.alone import Alone, run_alone
-from harness.isolation.autopsy import how
+from harness.isolation.autopsy import autopsy, how
 from harness.run.outcome import Outcome
 from harness.session import Session
 from harness.store.record import Record
@@ -73,7 +73,9 @@ def is_unnamed(record: Record) -> bool:
 
 
 def died(alone: Alone) -> bool:
-    return alone.started and (alone.record is None or alone.record.outcome is Outcome.CRASH)
+    """Whether the case ended its process or its device context; one that hung did not."""
+    end = alone.record.outcome if alone.record else autopsy(alone.death, 0.0, None).outcome
+    return alone.started and end is Outcome.CRASH
 
 
 def culprit(names: Sequence[str], crashes: Callable[[Sequence[str]], bool]) -> str | None:

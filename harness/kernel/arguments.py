@@ -14,9 +14,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LaunchArguments:
-    """Tensors live on one device; index tensors are int32; scales are 1-element float32 device tensors."""
+    """Tensors live on one device; index tensors are int32; descales and scales are float32 device tensors.
 
-    q: torch.Tensor  # [num_tokens, num_q_heads, head_size]
+    A value is its payload times its descale. At most one kind of cache descale is given: per tensor or per KV head in
+    `k_scale` and `v_scale`, per page in `kv_block_descale`, per token in `k_token_descale` and `v_token_descale`.
+    """
+
+    q: torch.Tensor  # [num_tokens, num_q_heads, head_size] in `dtype`, or 8-bit with a `q_descale`
     k: torch.Tensor | None  # [num_tokens, num_kv_heads, head_size] new tokens; None where the contract takes none
     v: torch.Tensor | None  # [num_tokens, num_kv_heads, head_size_v]; rows of decode sequences are poison (by_phase)
     k_cache: torch.Tensor  # in the dimensions that harness.layout names for `layout`, e.g. [pages, page_size, heads, d]
@@ -27,9 +31,9 @@ class LaunchArguments:
     seq_lens: torch.Tensor  # [num_seqs] int32
     max_query_len: int
     max_seq_len: int
-    k_scale: torch.Tensor  # [1] float32; NaN where kv_block_descale is given
-    v_scale: torch.Tensor  # [1] float32
-    kv_dtype: str  # auto | fp8_e4m3 | fp8_e5m2
+    k_scale: torch.Tensor  # [1], or [num_kv_heads] of any stride; [1] NaN where descales come by page or token
+    v_scale: torch.Tensor
+    kv_dtype: str  # auto | fp8_e4m3 | fp8_e4m3fnuz | fp8_e5m2 | fp8_e5m2fnuz | int8
     softmax_scale: float
     causal: bool
     sliding_window: int  # 0: off; W: a query sees W keys, itself included
@@ -45,3 +49,13 @@ class LaunchArguments:
     kv_indptr: torch.Tensor | None = None  # [num_seqs + 1] int32: where the pages of each sequence begin, in pages
     kv_page_indices: torch.Tensor | None = None  # [total pages, then padding] int32
     kv_last_page_len: torch.Tensor | None = None  # [num_seqs] int32: tokens in the last page; 0 for no page
+    k_token_descale: torch.Tensor | None = None  # [pages, page_size, kv_heads] float32; NaN for slots without a token
+    v_token_descale: torch.Tensor | None = None
+    q_descale: torch.Tensor | None = None  # [1] float32; None where q is stored in `dtype`
+    output_scale: torch.Tensor | None = None  # [1] float32: out = value / output_scale; None where out has `dtype`
+    dtype: torch.dtype | None = None  # of what is not stored in 8 bits; None: that of q
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype that payloads are values of: that of q, unless q is stored in 8 bits."""
+        return self.q.dtype if self.dtype is None else self.dtype

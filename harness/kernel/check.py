@@ -33,7 +33,7 @@ def check_arguments(contract: Contract, case: Case, args: LaunchArguments) -> No
     _check_lengths(case, args)
     _check_table(case, args)
     _check_scales(case, args)
-    _check_block_descale(contract, case, args)
+    _check_descales(contract, case, args)
 
 
 def _check_index_tensors(contract: Contract, case: Case, args: LaunchArguments) -> None:
@@ -65,8 +65,9 @@ def _check_tensors(contract: Contract, case: Case, args: LaunchArguments) -> Non
     tokens, dtype = case.rows.num_tokens, element_type(case.dtype).torch
     stored = element_type(case.stored_dtype).torch
     out_dtype = element_type(contract.numerics.out_type(case.dtype)).torch
+    q_dtype = element_type(case.query_dtype).torch
     wanted: list[tuple[str, torch.Tensor | None, torch.dtype, tuple[int | None, ...]]] = [
-        ("q", args.q, dtype, (tokens, case.num_q_heads, case.head_size)),
+        ("q", args.q, q_dtype, (tokens, case.num_q_heads, case.head_size)),
         ("out", args.out, out_dtype, (tokens, case.num_q_heads, case.value_size)),
         ("k_cache", args.k_cache, stored, _cache_shape(case, "k", None)),
         ("v_cache", args.v_cache, stored, _cache_shape(case, "v", args.k_cache.shape[0])),
@@ -138,45 +139,76 @@ def _check_table(case: Case, args: LaunchArguments) -> None:
 
 
 def _check_scales(case: Case, args: LaunchArguments) -> None:
+    """`k_scale` and `v_scale`: one for all or one for each KV head; NaN where there is another kind of descale."""
+    count = case.num_kv_heads if case.descales_per == "head" else 1
     for name in ("k_scale", "v_scale"):
         scale = getattr(args, name)
-        if scale.dtype != torch.float32 or scale.numel() != 1:
-            raise SetupBug(name, "one float32 element on the device", f"{scale.numel()} of {_name(scale.dtype)}")
-        value = float(scale)
-        if case.descales_per_page:
-            if not math.isnan(value):
-                raise SetupBug(name, "NaN, as descales come by page, in kv_block_descale", repr(value))
+        if scale.dtype != torch.float32 or tuple(scale.shape) != (count,):
+            what = "one float32 element" if count == 1 else f"{count} float32 elements, one for each KV head,"
+            raise SetupBug(name, f"{what} on the device", f"{list(scale.shape)} of {_name(scale.dtype)}")
+        for head, value in enumerate(scale.tolist()):
+            if case.descales_per in ("page", "token"):
+                if not math.isnan(value):
+                    raise SetupBug(name, f"NaN, as descales come by {case.descales_per}", repr(value))
+            elif not 0.0 < value < math.inf:
+                where = f" for kv head {head}" if case.descales_per == "head" else ""
+                raise SetupBug(name, f"a finite descale above 0{where}", repr(value))
+            elif case.kv_dtype == "auto" and value != 1.0:
+                raise SetupBug(name, "1.0, as kv_dtype auto stores values unscaled", repr(value))
+    for name, stored in (("q_descale", case.q_dtype), ("output_scale", case.out_dtype)):
+        given = getattr(args, name)
+        if (given is None) != (stored == "auto"):
+            words = {True: "a tensor", False: "None"}
+            raise SetupBug(name, f"{words[stored != 'auto']}, as that is stored as {stored}", words[given is not None])
+        if given is None:
             continue
-        if not 0.0 < value < float("inf"):
-            raise SetupBug(name, "a finite descale above 0", repr(value))
-        if case.kv_dtype == "auto" and value != 1.0:
-            raise SetupBug(name, "1.0, as kv_dtype auto stores values unscaled", repr(value))
+        if given.dtype != torch.float32 or given.shape != (1,) or not 0.0 < float(given) < math.inf:
+            raise SetupBug(name, "one float32 element, finite and above 0", f"{given.tolist()} of {_name(given.dtype)}")
 
 
-def _check_block_descale(contract: Contract, case: Case, args: LaunchArguments) -> None:
-    """[num_pages, num_kv_heads, 2] float32, finite and above 0 for every page that a live token needs, dead ones
-    apart; else None.
+def _check_descales(contract: Contract, case: Case, args: LaunchArguments) -> None:
+    """Descales by page or by token: float32, finite and above 0 for each that a live token needs; else None."""
+    pages = args.k_cache.shape[0]
+    buffers: dict[str, tuple[str, tuple[int | None, ...]]] = {  # what for, and the shape
+        "kv_block_descale": ("page", (pages, case.num_kv_heads, 2)),
+        "k_token_descale": ("token", (pages, case.page_size, case.num_kv_heads)),
+        "v_token_descale": ("token", (pages, case.page_size, case.num_kv_heads)),
+    }
+    for name, (granularity, shape) in buffers.items():
+        tensor = getattr(args, name)
+        demanded, given = case.descales_per == granularity, tensor is not None
+        if demanded != given:
+            words = {True: "a tensor", False: "None"}
+            raise SetupBug(name, f"{words[demanded]}, as descales are per {case.descales_per}", words[given])
+        if tensor is None:
+            continue
+        if tensor.dtype != torch.float32 or tensor.device != args.q.device:
+            raise SetupBug(name, f"float32 on {args.q.device}", f"{_name(tensor.dtype)} on {tensor.device}")
+        _check_shape(name, tensor, shape)
+        _check_live(contract, case, args, name, tensor)
+
+
+def _check_live(contract: Contract, case: Case, args: LaunchArguments, name: str, tensor: torch.Tensor) -> None:
+    """What tokens need of `tensor` ([pages, kv_heads, 2] or [pages, page_size, kv_heads]) is finite and above 0, but
+    for pages that are dead.
     """
-    name, block = "kv_block_descale", args.kv_block_descale
-    demanded, given = case.descales_per_page, block is not None
-    if demanded != given:
-        words = {True: "a tensor", False: "None"}
-        raise SetupBug(name, f"{words[demanded]}, as descales are {case.descales}", words[given])
-    if block is None:
-        return
-    if block.dtype != torch.float32 or block.device != args.q.device:
-        raise SetupBug(name, f"float32 on {args.q.device}", f"{_name(block.dtype)} on {block.device}")
-    _check_shape(name, block, (args.k_cache.shape[0], case.num_kv_heads, 2))
+    per_page = name == "kv_block_descale"
     gone = dead_columns(case, contract.content, contract.window_pages)
-    for seq, seq_len in enumerate(case.rows.seq_lens):
-        pages = page_ids(args, seq, -(-max(seq_len, 0) // case.page_size)).long()
-        dead = ~((block[pages] > 0) & block[pages].isfinite())  # [pages of the sequence, num_kv_heads, 2]
-        dead[gone[seq].start : gone[seq].stop] = False
+    lens = zip(case.rows.query_lens, case.rows.context_lens, strict=True)
+    for seq, (query_len, context_len) in enumerate(lens):
+        seq_len = max(query_len + context_len, 0)
+        count = -(-seq_len // case.page_size) if per_page else contract.content.cached_len(query_len, context_len)
+        place = torch.arange(count, device=tensor.device)  # columns of the table, or positions
+        ids = page_ids(args, seq, count if per_page else -(-count // case.page_size)).long()
+        page = ids if per_page else ids[place // case.page_size]  # [count]
+        found = tensor[page] if per_page else tensor[page, place % case.page_size]  # [count, kv_heads(, 2)]
+        dead = ~((found > 0) & found.isfinite())
+        dead[: gone[seq].stop * (1 if per_page else case.page_size)] = False
         if bool(dead.any()):
-            column, head, kind = dead.nonzero()[0].tolist()
-            page = int(pages[column])
-            where = f"page {page} of sequence {seq}, kv head {head}, {'KV'[kind]}"
-            raise SetupBug(name, f"a finite descale above 0 for {where}", repr(float(block[page, head, kind])))
+            at = dead.nonzero()[0].tolist()
+            where = f"page {int(page[at[0]])} of sequence {seq}, kv head {at[1]}"
+            where += f", {'KV'[at[2]]}" if per_page else f", slot {at[0] % case.page_size} (position {at[0]})"
+            raise SetupBug(name, f"a finite descale above 0 for {where}", repr(float(found[tuple(at)])))
 
 
 def _check_shape(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...]) -> None:

@@ -15,7 +15,10 @@ from harness.matrix.rows import NAME
 _AXIS_OF: Mapping[str, str] = {  # field of a contract -> the axis whose values it admits
     "dtypes": "dtype",
     "kv_dtypes": "kv_dtype",
+    "descales_per": "descales_per",
     "descales": "descales",
+    "q_dtypes": "q_dtype",
+    "out_dtypes": "out_dtype",
     "layouts": "layout",
     "page_tables": "page_table",
     "page_sizes": "page_size",

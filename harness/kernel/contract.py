@@ -7,7 +7,7 @@ whatever a contract does not admit is UNSUPPORTED, with the clause that says so,
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,11 @@ class Contract:
     features: frozenset[str]
     dtypes: frozenset[str] = frozenset({"fp32", "fp16", "bf16"})
     kv_dtypes: frozenset[str] = frozenset({"auto", "fp8_e4m3", "fp8_e5m2"})
-    descales: frozenset[str] = frozenset({"per_tensor", "one"})  # quiet, loud: it reads kv_block_descale
+    descales_per: frozenset[str] = frozenset({"tensor"})  # what it takes descales for (harness.kernel.arguments)
+    descales: frozenset[str] = frozenset({"loud", "quiet", "equal", "one"})
+    q_dtypes: frozenset[str] = frozenset({"auto"})
+    q_as_kv: bool = False  # whether q must be stored in the type of the cache
+    out_dtypes: frozenset[str] = frozenset({"auto"})
     layouts: frozenset[str] = frozenset({"linear_nhd", "vllm_classic"})
     page_tables: frozenset[str] = frozenset({"block_table"})
     page_sizes: frozenset[int] | None = None  # None: any
@@ -88,6 +92,12 @@ class Contract:
         """The writer that fills the cache of `case`; None where it is built full, or no such writer is known."""
         return next((writer for writer in self.writers if writer.name == case.writer), None)
 
+    def of_output(self, out_dtype: str, output_scale: float) -> Contract:
+        """This contract where the output is stored in `out_dtype` (auto: as the numerics declare) at `output_scale`."""
+        if out_dtype == "auto":
+            return self
+        return replace(self, numerics=replace(self.numerics, out_dtype=out_dtype, out_scale=output_scale))
+
     def over_read(self, buffer: str) -> int:
         """How far the kernel may read behind what it needs of `buffer`, in the units of OVER_READABLE."""
         return max((known.amount for known in self.over_reads if known.buffer == buffer), default=0)
@@ -106,6 +116,8 @@ class Contract:
         """The clause of this contract that `case` is outside of, or None where the case is admitted."""
         if clause := first_clause(self, case) or self._refused_writer(case):
             return clause
+        if self.q_as_kv and case.q_dtype != case.kv_dtype:
+            return f"q_dtype {case.q_dtype} with kv_dtype {case.kv_dtype} (q is stored as the cache is)"
         if self.max_gqa_ratio is not None and case.gqa_ratio > self.max_gqa_ratio:
             return f"gqa_ratio {case.gqa_ratio} (at most {self.max_gqa_ratio})"
         if case.tail == "nan" and self.tail != "nan":

@@ -17,6 +17,7 @@ POISON = {  # by element size: integer type and bits, a NaN in every float type 
     4: (torch.int32, 0x7FD5A5A5),
     8: (torch.int64, 0x7FF5A5A5A5A5A5A5),
 }
+_MINUS_ZERO = 0x80  # the only NaN of the fnuz types
 MARGIN = 512  # elements of red zone on either side
 _CHUNK = 1 << 18  # words of a checksum at a time: temporaries stay in the caches of a CPU
 
@@ -31,7 +32,7 @@ class GuardedOutput:
 
     @property
     def _poison(self) -> int:
-        return POISON[self.tensor.element_size()][1]
+        return _poison(self.tensor.dtype)
 
     def _here(self, allocation: torch.Tensor) -> torch.Tensor:
         """The elements of the output in an image of its allocation."""
@@ -62,12 +63,17 @@ def guarded_output(
     name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, strided: bool
 ) -> GuardedOutput:
     """A poisoned output of `shape` inside red zones; `strided` adds gaps between heads and between tokens."""
-    integer, poison = POISON[dtype.itemsize]
+    integer, poison = POISON[dtype.itemsize][0], _poison(dtype)
     strides = _strides(shape, strided)
     extent = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if all(shape) else 0
     allocation = torch.full((extent + 2 * MARGIN,), poison, dtype=integer, device=device)
     tensor = allocation.view(dtype).as_strided(shape, strides, MARGIN)
     return GuardedOutput(name, tensor, allocation)
+
+
+def _poison(dtype: torch.dtype) -> int:
+    """Bits of an element that nobody has written."""
+    return _MINUS_ZERO if str(dtype).endswith("fnuz") else POISON[dtype.itemsize][1]
 
 
 def strided_copy(tensor: torch.Tensor) -> torch.Tensor:

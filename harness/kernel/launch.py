@@ -32,7 +32,11 @@ if TYPE_CHECKING:
 
 _OUTPUTS = ("out", "lse")  # of attention; of a writer the caches
 _STORED = ("k_cache", "v_cache")
-_TRACED = ("k_cache", "v_cache", "k", "v", "kv_block_descale", "block_table", "kv_page_indices")
+_TRACED = (
+    "k_cache", "v_cache", "k", "v", "kv_block_descale", "k_token_descale", "v_token_descale", "block_table",
+    "kv_page_indices",
+)  # fmt: skip
+_TRACED_PER_HEAD = ("k_scale", "v_scale")
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ def launch(
         elif device.type == "cpu":
             reaching = pools if case.boundary is not None else {}
             around = {f"surroundings of {name}": pool.bytes for name, pool in reaching.items()}
-            trace = _new_trace() if trace_accesses else None
+            trace = _new_trace(case) if trace_accesses else None
             ran, broken = _interpreted(
                 launcher, args, {**inputs, **around}, outputs, program_order_seed, contract.room, trace
             )
@@ -154,10 +158,10 @@ def _interpreted(
     return tuple(dict.fromkeys(launch.kernel for launch in session.launches)), broken
 
 
-def _new_trace() -> Trace:
+def _new_trace(case: Case) -> Trace:
     from harness.interpreter.trace import Trace
 
-    return Trace(_TRACED)
+    return Trace((*_TRACED, *_TRACED_PER_HEAD) if case.descales_per == "head" else _TRACED)
 
 
 def _which_ran(contract: AnyContract, case: Case, ran: tuple[str, ...]) -> list[str]:

@@ -35,7 +35,7 @@ class WriterContract:
     features: frozenset[str] = frozenset(FEATURES)
     dtypes: frozenset[str] = frozenset({"fp32", "fp16", "bf16"})
     kv_dtypes: frozenset[str] = frozenset({"auto", "fp8_e4m3", "fp8_e5m2"})
-    descales: frozenset[str] = frozenset({"per_tensor", "one"})  # quiet, loud: it reads kv_block_descale
+    descales_per: frozenset[str] = frozenset({"tensor"})  # of those it reads
     layouts: frozenset[str] = frozenset(LAYOUTS)
     page_sizes: frozenset[int] | None = None  # None: any
     head_sizes: frozenset[int] | None = None  # None: any
@@ -83,7 +83,9 @@ class WriterArguments:
     k_cache: torch.Tensor  # as in LaunchArguments
     v_cache: torch.Tensor
     layout: str
-    k_scale: torch.Tensor  # [1] float32: payload = value / scale; NaN where kv_block_descale is given
-    v_scale: torch.Tensor  # [1] float32
+    k_scale: torch.Tensor  # [1] float32, payload = value / scale; [num_kv_heads] (any stride) by head; NaN otherwise
+    v_scale: torch.Tensor
     kv_dtype: str
     kv_block_descale: torch.Tensor | None = None  # [pages, kv_heads, 2] float32, of K then V
+    k_token_descale: torch.Tensor | None = None  # [pages, page_size, kv_heads] float32, of every slot in use
+    v_token_descale: torch.Tensor | None = None

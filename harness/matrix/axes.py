@@ -36,8 +36,11 @@ DATA_LAWS = (
     "normal", "probe", "needle", "uniform", "outliers", "negative",
     "needle_edges", "rising", "falling", "large", "biased", "bar_codes", "tiny",
 )  # fmt: skip
-DESCALES = ("per_tensor", "quiet", "loud", "one")
 TWIN_AXES = ("layout", "page_table", "table_padding", "strides")  # they move bytes, and nothing else
+KV_DTYPES = ("fp8_e4m3", "fp8_e4m3fnuz", "fp8_e5m2", "fp8_e5m2fnuz", "int8")
+FP8_DTYPES = KV_DTYPES[:-1]
+DESCALES_PER = ("tensor", "head", "page", "token")
+DESCALES = ("loud", "quiet", "equal", "one")
 POOLS = ("auto", "dense", "aliased")
 PLACEMENTS = ("shuffled", "sequential", "reversed", "shared_prefix")
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]*)")
@@ -268,13 +271,16 @@ AXES: Mapping[str, Axis] = {
     axis.name: axis
     for axis in (
         _axis("kernel", KernelName(), "", "the kernel under test, by the name of its contract"),
-        _axis("dtype", Choice(("fp32", "fp16", "bf16")), "", "element type of q, the new k and v, and out"),
+        _axis("dtype", Choice(("fp32", "fp16", "bf16")), "", "element type of new k and v, and of all that is auto"),
         _axis("num_q_heads", Number(1), "h", "query heads"),
         _axis("gqa_ratio", Number(1), "gqa", "query heads per KV head; divides num_q_heads"),
         _axis("head_size", Number(1), "d", "dimension of q and k, and of v unless head_size_v says otherwise"),
         _axis("head_size_v", Number(1, optional=True), "dv", "dimension of v; none: as head_size"),
-        _axis("kv_dtype", Choice(("auto", "fp8_e4m3", "fp8_e5m2")), "kv", "what the cache stores; auto: dtype"),
-        _axis("descales", Choice(DESCALES), "descales_", "how K and V descales of an fp8 cache are drawn"),
+        _axis("kv_dtype", Choice(("auto", *KV_DTYPES)), "kv", "what the cache stores; auto: dtype"),
+        _axis("descales_per", Choice(DESCALES_PER), "per_", "what of a quantised cache has a descale of its own"),
+        _axis("descales", Choice(DESCALES), "descales_", "how the descales of K, V and q are drawn"),
+        _axis("q_dtype", Choice(("auto", *FP8_DTYPES)), "q", "what q is stored in, with one descale; auto: dtype"),
+        _axis("out_dtype", Choice(("auto", *FP8_DTYPES)), "out", "what out is stored in, with one scale; auto: dtype"),
         _axis("sliding_window", Number(1, optional=True), "sw", "keys a query sees, itself included; none: all"),
         _axis("page_size", Number(1), "p", "tokens per KV page"),
         _axis("layout", Choice(tuple(LAYOUTS)), "", "how (page, slot, head, dim) maps to storage"),

@@ -35,19 +35,23 @@ from harness.problem.boundary import boundary_refusal
 
 _NO_ROWS = (1,), (16,)  # stands in where a batch is not known yet or does not matter
 _HEADS = frozenset({"num_q_heads", "gqa_ratio"})
-LAW_AXES = frozenset({"data", "logits_soft_cap", "alibi", "causal", "placement"})
-DESCALE_AXES = frozenset({"descales", "kv_dtype"})
+LAW_AXES = frozenset({"data", "logits_soft_cap", "alibi", "causal", "placement", "q_dtype"})
+DESCALE_AXES = frozenset({"descales", "descales_per", "kv_dtype", "q_dtype"})
 LAYOUT_AXES = frozenset({"layout", "page_size", "head_size", "dtype", "kv_dtype"})
 PLACEMENT_AXES = ROWS_AXES | {"placement", "num_pages", "steps"}
 BOUNDARY_AXES = ROWS_AXES | {
     "boundary", "boundary_target", "boundary_position", "placement", "num_pages", "strides", "dtype", "kv_dtype",
-    "num_q_heads", "gqa_ratio", "head_size", "head_size_v", "page_table",
+    "out_dtype", "num_q_heads", "gqa_ratio", "head_size", "head_size_v", "page_table",
 }  # fmt: skip
 SERVING_AXES = ROWS_AXES | {
     "writer", "steps", "boundary", "boundary_target", "causal", "placement", "data", "num_pages", "pool",
 }  # fmt: skip
 Predicate = Callable[[Mapping[str, Any]], bool]
-_COUPLED = (frozenset({"head_size", "head_size_v"}), ROWS_AXES)  # axes that one clause of a contract looks at together
+_COUPLED = (
+    frozenset({"head_size", "head_size_v"}),
+    frozenset({"q_dtype", "kv_dtype"}),
+    ROWS_AXES,
+)  # axes that one clause of a contract looks at together
 TUPLES = {0: "values", 1: "values", 2: "pairs", 3: "triples"}
 _MAX_NAMED = 3  # values without a case, named in a summary
 _CANDIDATES = {0: 1, 1: 1, 2: 12, 3: 4}  # tries per row of a cover: small tiers are worth squeezing

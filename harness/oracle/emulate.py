@@ -28,13 +28,20 @@ class Operands:
 
 
 def emulate(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, profile: NumericsProfile, q_dtype: str, softmax_scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    profile: NumericsProfile,
+    q_dtype: str,
+    softmax_scale: float,
+    q_descale: float = 1.0,
 ) -> Operands:
     """The operands of a kernel of `profile`.
 
     q: [num_tokens, num_q_heads, head_size] of element type `q_dtype`; k, v: [num_keys, num_kv_heads, d] float32,
     dequantised (payload * descale), or new tokens as they are. The factors of a prescaled q are divided out again in
-    float64: `softmax_scale` still applies to what is returned.
+    float64: `softmax_scale` still applies to what is returned. An 8-bit query is handed over as the numbers it stores;
+    `q_descale` multiplies them after all declared roundings, in float64: kernels scale logits by it, in float32.
     """
     own_type = element_type(q_dtype).torch
     if profile.kv_dequant == "round_to_q":  # new tokens have that type already
@@ -45,7 +52,7 @@ def emulate(
         rounded = round_to(scaled, profile.q_type(q_dtype, cached))
         if cut := profile.tf32(q_dtype):
             rounded = round_to_tf32(rounded.float(), cut)
-        queries.append(rounded if factor == 1.0 else rounded.double() / factor)
+        queries.append(rounded if factor == q_descale == 1.0 else rounded.double() * (q_descale / factor))
     if cut := profile.tf32(q_dtype):
         k, v = round_to_tf32(k, cut), round_to_tf32(v, cut)
     same = profile.q_type(q_dtype, cached=False) == profile.q_type(q_dtype, cached=True)

@@ -93,11 +93,13 @@ class _Shown:
         self.scene = scene
         self.out = allowed.out.transpose(0, 1)  # [heads, rows, head_size_v]
         self.lse = allowed.lse.T if with_lse else None  # [heads, rows]
+        self.largest = allowed.largest
 
     def effect(self, changed: Rows | Outcome) -> torch.Tensor:
         """Largest change in units of tolerance: float64 []."""
         faulty, right = changed.outcome() if isinstance(changed, Rows) else changed, self.scene.right
-        largest = _ratio(faulty.out, right.out, self.out)
+        faulty_out, right_out = (x.out.clamp(-self.largest, self.largest) for x in (faulty, right))
+        largest = _ratio(faulty_out, right_out, self.out)
         if self.lse is None or faulty.lse is None or right.lse is None:
             return largest
         return torch.maximum(largest, _ratio(faulty.lse, right.lse, self.lse))
@@ -109,21 +111,25 @@ def _ratio(faulty: torch.Tensor, right: torch.Tensor, allowed: torch.Tensor) -> 
 
 
 def blind_to(
-    *, kv_dtype: str, k_descale: torch.Tensor, v_descale: torch.Tensor, pages: Sequence[Sequence[int]]
+    *, kv_dtype: str, descales: torch.Tensor, law: str, q_descale: float | None, pages: Sequence[Sequence[int]]
 ) -> tuple[Blindness, ...]:
     """Faults that no output of this set-up can show, whatever the matrix demands.
 
-    `k_descale` and `v_descale` broadcast against the packed keys: [1, 1, 1] or [num_keys, num_kv_heads, 1]; `pages` are
-    the physical pages of each sequence, in order.
+    `descales` [groups, num_kv_heads or 1, 2] of K then V, drawn by `law`; `q_descale` None where q has none; `pages`
+    are the physical pages of each sequence, in order.
     """
     found: list[Blindness] = []
     if kv_dtype != "auto":
-        ones = [name for name, descale in (("k", k_descale), ("v", v_descale)) if bool((descale == 1).all())]
+        ones = [name for name, own in zip("kv", descales.unbind(2), strict=True) if bool((own == 1).all())]
         for name in ones:
             because = f"the {name.upper()} descale is 1: a kernel that ignores it passes"
             found.append(Blindness(f"{name}_descale", because))
-        if not ones and torch.equal(k_descale, v_descale):
+        if not ones and torch.equal(descales[..., 0], descales[..., 1]):
             found.append(Blindness("descales_exchanged", "K and V have the same descales"))
+        if law == "equal" and descales[..., 0].numel() > 1:
+            found.append(Blindness("descales_mixed_up", "all descales are equal: any other one is right, too"))
+    if q_descale == 1:
+        found.append(Blindness("q_descale", "the descale of q is 1: a kernel that ignores it passes"))
     in_order = [page for sequence in pages for page in sequence]
     if in_order and in_order == list(range(len(in_order))):
         found.append(

@@ -77,6 +77,10 @@ class Batch:
     cached_lens: tuple[int, ...]  # leading tokens of each sequence that a right kernel reads from the cache
     key_payload: torch.Tensor  # [num_keys, num_kv_heads, head_size] as stored, before descales
     value_payload: torch.Tensor  # [num_keys, num_kv_heads, head_size_v]
+    k_descale: torch.Tensor  # float32 that broadcasts against the payloads: [num_keys or 1, num_kv_heads or 1, 1]
+    v_descale: torch.Tensor
+    q_descale: float  # in the q of `inputs` already
+    output_scale: float
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,10 @@ class Scene:
     v: torch.Tensor  # [keys, num_kv_heads, head_size_v]
     key_payload: torch.Tensor  # [keys, num_kv_heads, head_size]
     value_payload: torch.Tensor  # [keys, num_kv_heads, head_size_v]
+    k_descale: torch.Tensor  # [keys, num_kv_heads, 1]
+    v_descale: torch.Tensor  # [keys, num_kv_heads, 1]
+    q_descale: float
+    output_scale: float
     q_heads: tuple[int, ...]
     positions: tuple[int, ...]  # of the sampled queries
     tokens: torch.Tensor  # int64 [rows] packed new tokens

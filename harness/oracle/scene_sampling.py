@@ -66,6 +66,10 @@ def _scene(batch: Batch, seq: int, first_token: int, first_key: int) -> Scene:
         v=inputs.v[keys],
         key_payload=batch.key_payload[keys],
         value_payload=batch.value_payload[keys],
+        k_descale=_of_keys(batch.k_descale, batch)[keys],
+        v_descale=_of_keys(batch.v_descale, batch)[keys],
+        q_descale=batch.q_descale,
+        output_scale=batch.output_scale,
         q_heads=tuple(range(case.num_q_heads)),
         positions=tuple(first_pos + row for row in sampled),
         tokens=tokens,
@@ -74,6 +78,11 @@ def _scene(batch: Batch, seq: int, first_token: int, first_key: int) -> Scene:
         seq_len=seq_len,
         cached_len=min(batch.cached_lens[seq], seq_len),
     )
+
+
+def _of_keys(descale: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """`descale` by key and KV head: [num_keys, num_kv_heads, 1]"""
+    return descale.expand(*batch.key_payload.shape[:2], 1)
 
 
 def _heads_at_once(scene: Scene) -> int:

@@ -34,10 +34,16 @@ NEEDLES = frozenset({"needle", "needle_edges"})
 BY_POSITION = NEEDLES | {"rising", "falling", "bar_codes"}  # tell each token of a sequence from all others
 STRUCTURED = NEEDLES | {"uniform", "bar_codes", "tiny"}  # equal softmax weights or values: errors are not independent
 DESCALES: dict[str, str] = {
-    "per_tensor": "one descale for K and one for V",
-    "quiet": "per page and KV head, all within 2 %, as data of one origin give",
-    "loud": "per page and KV head, log-uniform over a factor of 32, K and V independent: any mix-up is a gross error",
+    "loud": "log-uniform over a factor of 32, K and V independent: any mix-up is a gross error; per tensor: apart",
+    "quiet": "all within 2 %, as data of one origin give",
+    "equal": "one number for K and one for V, however many there are: a mix-up shows nothing",
     "one": "all 1: a kernel that ignores them passes",
+}
+DESCALES_PER: dict[str, str] = {
+    "tensor": "one descale for K and one for V",
+    "head": "one for each KV head",
+    "page": "one for each page and KV head",
+    "token": "one for each token and KV head",
 }
 
 MOST_GENERATED = 6  # tokens of one request of an engine, beyond its prompt
@@ -56,6 +62,8 @@ def law_refusal(case: Case) -> str | None:
         return f"unknown data law '{law}'; known: {', '.join(LAWS)}"
     if law in BY_POSITION and case.placement.repeats:
         return f"{law}: placement '{case.placement.name}' has the same tokens at two places of a sequence"
+    if law in NEEDLES and case.q_dtype != "auto":
+        return f"{law}: a query of 8 bits is not exactly a multiple of a key"
     if law in NEEDLES and cap is not None:
         return f"{law}: a soft cap of {cap:g} bounds the score gap that a needle needs"
     if law in ("negative", "large") and cap is not None:
@@ -73,10 +81,15 @@ def law_refusal(case: Case) -> str | None:
 
 def descales_refusal(case: Case) -> str | None:
     """Why the descales of `case` do not fit its cache, in one sentence; None where they do."""
-    if case.descales not in DESCALES:
-        return f"unknown descales '{case.descales}'; known: {', '.join(DESCALES)}"
-    if case.kv_dtype == "auto" and case.descales != "per_tensor":
+    for axis, word, known in (("descales_per", case.descales_per, DESCALES_PER), ("descales", case.descales, DESCALES)):
+        if word not in known:
+            return f"unknown {axis} '{word}'; known: {', '.join(known)}"
+    if case.kv_dtype == "auto" and case.descales_per != "tensor":
+        return f"descales_per {case.descales_per}: a cache of kv_dtype auto has no descales"
+    if case.kv_dtype == case.q_dtype == "auto" and case.descales != "loud":
         return f"descales {case.descales}: a cache of kv_dtype auto has none"
+    if case.descales_per == "tensor" and case.descales in ("quiet", "equal"):
+        return f"descales {case.descales}: one per tensor has nothing to be {case.descales} with"
     return None
 
 

@@ -142,6 +142,8 @@ def _rows_refusal(case: Case) -> str | None:
         return f"{name}: only K and V have page ids"
     if case.boundary_target == "table" and case.page_table != "block_table":
         return f"{name}: only a block_table has rows that can lie far apart"
+    if case.out_dtype != "auto" and case.boundary_target == "out":
+        return f"{name}: its output has the dtype of the case: leave out_dtype at auto"
     if count < 2 or case.strides != "compact":
         return f"{name}: it needs two rows, and says itself how far apart they lie"
     if case.boundary == "carry" and (case.boundary_target == "table" or case.boundary_position != "straddling"):

@@ -15,6 +15,7 @@ from harness.case import Case
 from harness.dtypes import element_type
 from harness.errors import LawError
 from harness.problem.masks import visible
+from harness.problem.payload import payload_of
 from harness.problem.spans import Span, pick_targets, spans
 
 GAP = 120.0
@@ -41,8 +42,7 @@ def stored_as(case: Case, k: torch.Tensor, descale: torch.Tensor) -> torch.Tenso
     """
     if case.kv_dtype == "auto":
         return k.to(torch.float64)
-    scaled = k.to(torch.float32) / descale.to(torch.float32)
-    return scaled.to(element_type(case.stored_dtype).torch).to(torch.float64)
+    return payload_of(k, descale, element_type(case.stored_dtype)).to(torch.float64)
 
 
 def needle_queries(

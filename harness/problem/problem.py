@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from harness.case import Case
+from harness.dtypes import element_type
 from harness.errors import LawError, PlacementError
 from harness.problem.admission import (
     NEEDLES,
@@ -23,10 +24,11 @@ from harness.problem.admission import (
     placement_refusal,
     shared_prefix_len,
 )
-from harness.problem.descales import page_descales, page_of_key, tensor_descale
+from harness.problem.descales import cache_descales, group_of_key, output_scale, tensor_descale
 from harness.problem.laws import draw_keys, draw_queries, draw_sinks, draw_values
 from harness.problem.masks import alibi_slopes
 from harness.problem.needle import needle_queries, snap_keys, stored_as
+from harness.problem.payload import payload_of
 from harness.problem.spans import key_start
 
 
@@ -35,16 +37,16 @@ class Problem:
     """Logical inputs of one case. `structured`: rounding errors of the case are no independent draws."""
 
     case: Case
-    q: torch.Tensor  # [num_tokens, num_q_heads, head_size]
+    q: torch.Tensor  # [num_tokens, num_q_heads, head_size] as stored: value = q * q_descale
     k: torch.Tensor  # [num_keys, num_kv_heads, head_size] all positions [0, seq_len) of all sequences, packed
     v: torch.Tensor  # [num_keys, num_kv_heads, head_size_v]
     key_start: tuple[int, ...]  # num_seqs + 1
     softmax_scale: float
     alibi_slopes: torch.Tensor | None  # [num_q_heads] float32
     sinks: torch.Tensor | None  # [num_q_heads] float32
-    k_scale: float  # value = payload * scale; 1.0 unless the cache stores fp8, NaN where descales are per page
-    v_scale: float
-    page_descales: torch.Tensor | None  # [logical pages, num_kv_heads, 2] float32, of K then V, packed by sequence
+    descales: torch.Tensor  # [groups, num_kv_heads, 2] float32, of K then V (see harness.problem.descales); 1 if unused
+    q_descale: float  # 1 where q has the dtype of the case
+    output_scale: float  # value = stored output * output_scale; 1 where the output has the dtype of the case
     shared_prefix: int  # leading tokens that all sequences with context have in common
     structured: bool
     geometry_seed: int
@@ -52,13 +54,12 @@ class Problem:
 
     def descale(self, which: str) -> torch.Tensor:
         """What payloads of K (`which` "k") or V are multiplied by: float32 that broadcasts against the packed keys,
-        [1, 1, 1], or [num_keys, num_kv_heads, 1] where descales are per page.
+        [1, 1, 1] per tensor, [1, num_kv_heads, 1] per head, else [num_keys, num_kv_heads, 1].
         """
-        if self.page_descales is None:
-            scale = self.k_scale if which == "k" else self.v_scale
-            return torch.full((1, 1, 1), scale, dtype=torch.float32, device=self.q.device)
-        page = page_of_key(self.case).to(self.q.device)
-        return self.page_descales[page, :, 0 if which == "k" else 1, None]
+        own = self.descales[..., "kv".index(which), None]
+        if self.case.descales_per in ("tensor", "head"):
+            return own
+        return own[group_of_key(self.case).to(own.device)]
 
     def without_writer(self) -> Problem:
         """The same with a cache that is built full."""
@@ -81,12 +82,6 @@ def build_problem(case: Case, device: torch.device | str) -> Problem:
     k, v = _tie(case, draw_keys(case, device)), _tie(case, draw_values(case, device))
     if case.data in NEEDLES:
         k = snap_keys(case, k)
-    scales = (math.nan, math.nan)
-    per_page = None
-    if case.descales_per_page:
-        per_page = torch.stack([page_descales(case, "k", k), page_descales(case, "v", v)], dim=2)
-    else:
-        scales = (tensor_descale(case, "k", k), tensor_descale(case, "v", v))
     problem = Problem(
         case=case,
         q=k[:0],  # drawn last, as some laws point queries at keys as they are stored
@@ -96,20 +91,27 @@ def build_problem(case: Case, device: torch.device | str) -> Problem:
         softmax_scale=softmax_scale,
         alibi_slopes=None if slopes is None else torch.tensor(slopes, dtype=torch.float32, device=device),
         sinks=sinks,
-        k_scale=scales[0],
-        v_scale=scales[1],
-        page_descales=per_page,
+        descales=cache_descales(case, k, v),
+        q_descale=1.0,
+        output_scale=output_scale(case),
         shared_prefix=shared_prefix_len(case),
         structured=case.data in STRUCTURED or case.placement.repeats,
         geometry_seed=case.geometry_seed,
         data_seed=case.data_seed,
     )
     if case.data not in NEEDLES:
-        return replace(problem, q=draw_queries(case, k))
+        q = draw_queries(case, k)
+        scale = tensor_descale(case, "q", q)
+        return replace(problem, q=_stored_queries(case, q, scale), q_descale=scale)
     descale = problem.descale("k").to(torch.float64)
     payload = stored_as(case, k, descale)
     k = (payload * descale).to(k.dtype)  # unchanged where the cache stores the dtype of the case
     return replace(problem, k=k, q=needle_queries(case, payload, descale, softmax_scale, slopes, sinks))
+
+
+def _stored_queries(case: Case, q: torch.Tensor, descale: float) -> torch.Tensor:
+    """`q` [num_tokens, num_q_heads, head_size] as it is handed over."""
+    return q if case.q_dtype == "auto" else payload_of(q, descale, element_type(case.q_dtype))
 
 
 def _tie(case: Case, tensor: torch.Tensor) -> torch.Tensor:

@@ -30,16 +30,16 @@ def step_problem(whole: Problem, schedule: Schedule, step: Step) -> Problem:
         k=whole.k[key],
         v=whole.v[key],
         key_start=key_start(case.rows),
-        page_descales=_page_descales(whole, step),
+        descales=_descales(whole, step, key),
     )
 
 
-def _page_descales(whole: Problem, step: Step) -> torch.Tensor | None:
-    """Those of the pages that requests have in `step`: [logical pages, num_kv_heads, 2] float32."""
-    if whole.page_descales is None:
-        return None
+def _descales(whole: Problem, step: Step, key: torch.Tensor) -> torch.Tensor:
+    """Those of the groups that `step` has, [groups, num_kv_heads, 2]; `key` [num_keys] are its keys in `whole`."""
+    if whole.case.descales_per == "token":
+        return whole.descales[key]
+    if whole.case.descales_per != "page":
+        return whole.descales
     needed = pages_needed(whole.case)
     first = [sum(needed[:request]) for request in range(len(needed))]
-    return torch.cat(
-        [whole.page_descales[first[row.request] : first[row.request] + len(row.pages)] for row in step.rows]
-    )
+    return torch.cat([whole.descales[first[row.request] :][: len(row.pages)] for row in step.rows])

@@ -109,7 +109,9 @@ def audit_case(job: Job) -> AuditRow:
             case = choose_law(case, contract, demand, job.device).taken.case
         if case.steps > 1:
             return _audit_engine(case, job, least_wanted)
-        setup = build_arguments(build_problem(case, job.device), contract)
+        problem = build_problem(case, job.device)
+        contract = contract.of_output(case.out_dtype, problem.output_scale)
+        setup = build_arguments(problem, contract)
         inputs = reference_inputs(setup.problem, setup.cache, contract)
         found = observe_setup(setup, inputs, contract, demand)
     except (LawError, PlacementError) as error:

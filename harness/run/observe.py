@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from harness.cache.build import demanded_lens
 from harness.case import Case
 from harness.errors import LawError
 from harness.kernel.contract import Contract
@@ -82,22 +83,30 @@ def observe_setup(
 
     Unless given, they are what `demand` implies: a reference is computed for the sampled rows and heads, if at all.
     """
-    problem, cache, case = setup.problem, setup.cache, setup.problem.case
-    lens = zip(case.rows.query_lens, case.rows.context_lens, strict=True)
-    batch = Batch(
-        case=case,
-        inputs=inputs,
-        cached_lens=tuple(contract.content.cached_len(query_len, context_len) for query_len, context_len in lens),
-        key_payload=cache.key_payload,
-        value_payload=cache.value_payload,
-    )
+    problem, batch = setup.problem, batch_of(setup, inputs, contract)
     if allowed is None:
         sampled = sampled_tolerance(contract.numerics, structured=problem.structured)
         allowed = sampled if demand.legacy is None else fixed_tolerance(*demand.legacy)
     with_lse = contract.returns_lse and demand.legacy is None
     effects = observe(batch, contract.content, allowed, demand.must_see, with_lse=with_lse)
     unseen = demand.unseen(effects)
-    return Observation(case, effects, unseen, _facts(setup, batch, allowed, unseen) if unseen else ())
+    return Observation(problem.case, effects, unseen, _facts(setup, batch, allowed, unseen) if unseen else ())
+
+
+def batch_of(setup: Setup, inputs: AttentionInputs, contract: Contract) -> Batch:
+    """`setup`, of which a right kernel sees `inputs`, as faults look at it."""
+    problem, cache = setup.problem, setup.cache
+    return Batch(
+        case=problem.case,
+        inputs=inputs,
+        cached_lens=demanded_lens(problem, contract.content),
+        key_payload=cache.key_payload,
+        value_payload=cache.value_payload,
+        k_descale=problem.descale("k"),
+        v_descale=problem.descale("v"),
+        q_descale=problem.q_descale,
+        output_scale=problem.output_scale,
+    )
 
 
 def observe_case(case: Case, contract: Contract, demand: Demand, device: torch.device | str) -> Observation:
@@ -105,7 +114,9 @@ def observe_case(case: Case, contract: Contract, demand: Demand, device: torch.d
 
     Raises LawError or PlacementError where the case cannot be built.
     """
-    setup = build_arguments(build_problem(case, device), contract)
+    problem = build_problem(case, device)
+    contract = contract.of_output(case.out_dtype, problem.output_scale)
+    setup = build_arguments(problem, contract)
     return observe_setup(setup, reference_inputs(setup.problem, setup.cache, contract), contract, demand)
 
 
@@ -179,6 +190,6 @@ def _facts(setup: Setup, batch: Batch, allowed: Allowed, unseen: Sequence[Effect
         largest, granted = magnitudes(batch, allowed)
         facts.append(f"outputs lie within +-{largest:.2g} while the tolerance is {granted:.2g}")
     case = setup.problem.case
-    if case.kv_dtype != "auto" and all(bool((s == 1).all()) for s in (setup.cache.k_scale, setup.cache.v_scale)):
+    if case.kv_dtype != "auto" and bool((setup.problem.descales == 1).all()):
         facts.append("descales are 1")
     return tuple(facts) or tuple(f"{effect.fault}: {FAULTS[effect.fault]}" for effect in unseen)

@@ -56,7 +56,7 @@ def _identity_table(case: Case) -> Case:
 
 
 def _descales_of_one(case: Case) -> Case:
-    return case if case.kv_dtype == "auto" else replace(case, descales="one")
+    return case if case.kv_dtype == "auto" else replace(case, descales_per="tensor", descales="one")
 
 
 def _int64_indices(args: LaunchArguments) -> LaunchArguments:

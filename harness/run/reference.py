@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from harness.cache.build import KVCache, demanded_lens
 from harness.cache.effective import effective_kv, value_weights
+from harness.dtypes import element_type
 from harness.kernel.contract import Contract
 from harness.oracle.emulate import emulate
 from harness.oracle.tolerance import rounding_of
@@ -28,7 +29,8 @@ def reference_inputs(problem: Problem, cache: KVCache, contract: Contract) -> At
     """What a right kernel sees: dequantised stored bytes and raw new tokens, rounded as the contract declares."""
     case, numerics = problem.case, contract.numerics
     k, v = effective_kv(problem, cache, contract.content)
-    seen = emulate(problem.q, k, v, numerics, case.dtype, problem.softmax_scale)
+    q = problem.q.to(element_type(case.dtype).torch)  # exact: each of these types holds every 8-bit float
+    seen = emulate(q, k, v, numerics, case.dtype, problem.softmax_scale, problem.q_descale)
     apart = seen.q_cached is not None or rounding_of(numerics, case.dtype).cached is not None
     return AttentionInputs(
         q=seen.q,

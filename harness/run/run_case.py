@@ -133,10 +133,11 @@ def _judged(case: Case, contract: Contract, options: Options, watch: Stopwatch) 
             checked, fences = options.contract_checks, options.fences
             engine = make_engine(case, contract, options.plant, watch.device, checked=checked, fences=fences)
         by_step = replace(options, demand=NO_DEMAND)
-        return serve(engine, options.demand, lambda setup: _seeing(contract, setup, by_step, watch))
+        return serve(engine, options.demand, lambda setup: _seeing(engine.contract, setup, by_step, watch))
     try:
         with watch.phase("problem"):
             problem = options.plant.problem(build_problem(case, watch.device))
+            contract = contract.of_output(case.out_dtype, problem.output_scale)
         with watch.phase("cache"):
             setup = build_arguments(problem, contract, options.plant, options.fences)
             if options.contract_checks:
@@ -158,8 +159,9 @@ def _blindness(setup: Setup) -> str | None:
     problem, cache = setup.problem, setup.cache
     found = blind_to(
         kv_dtype=problem.case.kv_dtype,
-        k_descale=problem.descale("k"),
-        v_descale=problem.descale("v"),
+        descales=problem.descales,
+        law=problem.case.descales,
+        q_descale=None if problem.case.q_dtype == "auto" else problem.q_descale,
         pages=cache.pages,
     )
     return "; ".join(f"cannot see {b.fault}: {b.because}" for b in found) or None

@@ -90,6 +90,7 @@ def make_engine(
     """The engine of a case of several steps. Raises what build_problem raises."""
     schedule = make_schedule(case)
     whole = plant.problem(build_problem(schedule.problem_case(case), device))
+    contract = contract.of_output(case.out_dtype, whole.output_scale)
     return Engine(whole, schedule, contract, plant, checked, fences)
 
 

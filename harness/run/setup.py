@@ -95,13 +95,23 @@ def build_arguments(problem: Problem, contract: Contract, plant: Plant = NO_PLAN
         kv_indptr=cache.kv_indptr,
         kv_page_indices=None if cache.kv_page_indices is None else with_room(cache, contract, "kv_page_indices"),
         kv_last_page_len=cache.kv_last_page_len,
+        k_token_descale=cache.k_token_descale,
+        v_token_descale=cache.v_token_descale,
+        q_descale=_scalar(problem, problem.q_descale, case.q_dtype),
+        output_scale=_scalar(problem, problem.output_scale, case.out_dtype),
+        dtype=element_type(case.dtype).torch,
     )
     writer = contract.writer_of(case)
-    writing = None if writer is None else build_writing(problem, contract, writer, plant, fences)
+    writing = None if writer is None else build_writing(problem, contract, writer, cache, plant, fences)
     args, outputs, fenced = fence_launch(
         fences, plant.arguments(args), outputs, fixed=cache.pools_by_argument, room=contract.room
     )
     return Setup(problem, cache, args, outputs, writing, fences=fences, fenced=fenced)
+
+
+def _scalar(problem: Problem, scale: float, stored: str) -> torch.Tensor | None:
+    """float32 [1] for a tensor that is `stored` in 8 bits; None where that is auto."""
+    return None if stored == "auto" else torch.tensor([scale], dtype=torch.float32, device=problem.q.device)
 
 
 def with_room(cache: KVCache, contract: Contract, name: str) -> torch.Tensor:
@@ -124,7 +134,7 @@ def check_setup(setup: Setup, contract: Contract) -> None:
     check_handover(setup)
     verify_cache(setup.problem, setup.cache, contract.content, contract.window_pages)
     if setup.writing is not None:
-        check_writing(setup.writing, contract)
+        check_writing(setup.writing, contract, setup.cache)
 
 
 def check_handover(setup: Setup) -> None:
@@ -141,6 +151,7 @@ def check_handover(setup: Setup) -> None:
         "sliding_window": case.sliding_window or 0,
         "logits_soft_cap": case.logits_soft_cap or 0.0,
         "num_splits": case.num_splits or 0,
+        "dtype": element_type(case.dtype).torch,
     }
     for name, expected in scalars.items():
         if getattr(args, name) != expected:
@@ -159,9 +170,13 @@ def check_handover(setup: Setup) -> None:
         "query_start_loc": cache.query_start_loc,
         "k_scale": cache.k_scale,
         "v_scale": cache.v_scale,
+        "kv_block_descale": cache.kv_block_descale,
+        "k_token_descale": cache.k_token_descale,
+        "v_token_descale": cache.v_token_descale,
+        "q_descale": _scalar(problem, problem.q_descale, case.q_dtype),
+        "output_scale": _scalar(problem, problem.output_scale, case.out_dtype),
         "alibi_slopes": problem.alibi_slopes,
         "sinks": problem.sinks,
-        "kv_block_descale": cache.kv_block_descale,
     }
     for name, tensor in built.items():
         if not same_bits(getattr(args, name), tensor):

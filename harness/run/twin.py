@@ -23,7 +23,7 @@ from harness.kernel.registry import Launcher
 from harness.oracle.judge import judge
 from harness.oracle.tolerance import Tolerance, tolerance
 from harness.problem.admission import layout_refusal
-from harness.problem.descales import page_descales
+from harness.problem.descales import cache_descales
 from harness.problem.problem import Problem
 from harness.run.outcome import Outcome, Verdict
 from harness.run.reference import build_reference
@@ -116,10 +116,10 @@ def twin_case(case: Case, contract: Contract) -> Case | str:
 
 def twin_problem(problem: Problem, twin: Case) -> Problem:
     """The same queries, keys and values; descales per page, where there are any, for the pages of the twin."""
-    descales = None
-    if problem.page_descales is not None:
-        descales = torch.stack([page_descales(twin, "k", problem.k), page_descales(twin, "v", problem.v)], dim=2)
-    return replace(problem, case=twin, page_descales=descales, shared_prefix=0)
+    descales = problem.descales
+    if twin.descales_per == "page":
+        descales = cache_descales(twin, problem.k, problem.v)
+    return replace(problem, case=twin, descales=descales, shared_prefix=0)
 
 
 def element_errors(out: torch.Tensor, reference: AttentionReference, allowed: Tolerance) -> torch.Tensor:

@@ -44,10 +44,17 @@ class Writing:
 
 
 def build_writing(
-    problem: Problem, contract: Contract, writer: WriterContract, plant: Plant, fences: Fences = NO_FENCES
+    problem: Problem,
+    contract: Contract,
+    writer: WriterContract,
+    full: KVCache,
+    plant: Plant,
+    fences: Fences = NO_FENCES,
 ) -> Writing:
     """What `writer` is handed before the kernel of `contract`, on memory that holds the context of `problem`, with the
-    fault of `plant` in it. Raises what build_cache and fencing do.
+    fault of `plant` in it. `full` is the same cache built full: it has the descales of all tokens.
+
+    Raises what build_cache and fencing do.
     """
     case = problem.case
     memory = build_cache(problem, Content.WRITTEN, window_pages=contract.window_pages, poison=plant.pool_poison)
@@ -65,7 +72,9 @@ def build_writing(
         k_scale=memory.k_scale,
         v_scale=memory.v_scale,
         kv_dtype=case.kv_dtype,
-        kv_block_descale=memory.kv_block_descale,
+        kv_block_descale=full.kv_block_descale,
+        k_token_descale=full.k_token_descale,
+        v_token_descale=full.v_token_descale,
     )
     args, fenced = fence_writer(fences, args, fixed=memory.pools_by_argument, room=contract.room)
     memory = replace(memory, k=args.k_cache, v=args.v_cache)
@@ -80,8 +89,11 @@ def handed_tokens(problem: Problem, memory: KVCache, edge: EdgeToken | None) -> 
     return with_more(problem, memory.new_k, k), with_more(problem, memory.new_v, v)
 
 
-def check_writing(writing: Writing, contract: Contract) -> None:
-    """Raise SetupBug where the arguments or the memory are not what a writer before `contract` has to find."""
+def check_writing(writing: Writing, contract: Contract, full: KVCache) -> None:
+    """Raise SetupBug where the arguments or the memory are not what a writer before `contract` has to find.
+
+    full: the same cache built full, and verified.
+    """
     problem, memory, args = writing.problem, writing.memory, writing.args
     check_writer_arguments(writing.contract, problem.case, args, writing.tokens)
     k, v = handed_tokens(problem, memory, writing.edge)
@@ -92,7 +104,9 @@ def check_writing(writing: Writing, contract: Contract) -> None:
         "v_cache": memory.v,
         "k_scale": memory.k_scale,
         "v_scale": memory.v_scale,
-        "kv_block_descale": memory.kv_block_descale,
+        "kv_block_descale": full.kv_block_descale,
+        "k_token_descale": full.k_token_descale,
+        "v_token_descale": full.v_token_descale,
     }
     for name, tensor in built.items():
         if not same_bits(getattr(args, name), tensor):

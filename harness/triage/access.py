@@ -12,7 +12,10 @@ from harness.triage.wording import compact, count
 
 MAX_TOLD = 6
 
-_NOUNS = {"k_cache": "K", "v_cache": "V", "k": "new K", "v": "new V", "kv_block_descale": "descales", "out": "out"}
+_NOUNS = {
+    "k_cache": "K", "v_cache": "V", "k": "new K", "v": "new V", "kv_block_descale": "descales", "out": "out",
+    "k_token_descale": "K descale", "v_token_descale": "V descale", "k_scale": "K descale", "v_scale": "V descale",
+}  # fmt: skip
 _PLACES = {"kv_block_descale": "page slot", "block_table": "entry", "kv_page_indices": "entry", "out": "token"}
 _TABLES = ("block_table", "kv_page_indices")
 _KINDS = {

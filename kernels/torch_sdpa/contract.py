@@ -11,6 +11,8 @@ _FEATURES = frozenset({
     "strided_cache", "strided_inputs", "queries_before_keys",
 })  # fmt: skip
 
+_Q_AND_OUT = frozenset({"auto", "fp8_e4m3", "fp8_e4m3fnuz", "fp8_e5m2", "fp8_e5m2fnuz"})
+
 KERNELS: tuple[Contract, ...] = (
     Contract(
         name="torch_sdpa_paged",
@@ -20,7 +22,10 @@ KERNELS: tuple[Contract, ...] = (
         features=_FEATURES,
         layouts=frozenset({"linear_nhd", "linear_3d", "hnd", "vllm_classic", "vectorized"}),
         page_tables=frozenset({"block_table", "kv_indices"}),
-        descales=frozenset({"per_tensor", "one", "quiet", "loud"}),
+        kv_dtypes=frozenset({"auto", "fp8_e4m3", "fp8_e4m3fnuz", "fp8_e5m2", "fp8_e5m2fnuz", "int8"}),
+        descales_per=frozenset({"tensor", "head", "page", "token"}),
+        q_dtypes=_Q_AND_OUT,
+        out_dtypes=_Q_AND_OUT,
         returns_lse=False,  # the public function returns none
         numerics=NumericsProfile(kv_dequant="round_to_q", p_dtype="fp32", mma="simt"),
     ),

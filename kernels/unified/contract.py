@@ -12,6 +12,7 @@ _FEATURES = frozenset({
     "sliding_window", "noncausal", "logits_soft_cap", "alibi", "sinks", "softmax_scale", "split_kv",
     "head_size_v", "prefill", "strided_cache", "strided_inputs", "queries_before_keys",
 })  # fmt: skip
+_Q_AND_OUT = frozenset({"auto", "fp8_e4m3", "fp8_e4m3fnuz", "fp8_e5m2", "fp8_e5m2fnuz"})
 
 
 _SPLIT: Predicate[Case] = Predicate(
@@ -31,7 +32,10 @@ KERNELS: tuple[Contract, ...] = (
         features=_FEATURES,
         layouts=frozenset({"linear_nhd", "linear_3d", "hnd", "vllm_classic", "vectorized"}),
         page_tables=frozenset({"block_table", "kv_indices"}),
-        descales=frozenset({"per_tensor", "one", "quiet", "loud"}),
+        kv_dtypes=frozenset({"auto", "fp8_e4m3", "fp8_e4m3fnuz", "fp8_e5m2", "fp8_e5m2fnuz", "int8"}),
+        descales_per=frozenset({"tensor", "head", "page", "token"}),
+        q_dtypes=_Q_AND_OUT,
+        out_dtypes=_Q_AND_OUT,
         launches=("unified_paged_kernel", "split_kv_combine_kernel"),
         dispatch=_SPLIT,
         needs=("triton",),

@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .._shared.payload import to_payload
+
 
 @triton.jit
 def initial_max_and_sum(sinks_ptr, head, present, BLOCK_M: tl.constexpr):
@@ -37,21 +39,25 @@ def store_rows(
     present,  # [BLOCK_M] whether the row exists
     out_ptr,
     lse_ptr,
+    output_scale_ptr,  # [1] float32 or None
     head_size_v,
     out_stride_token,
     out_stride_head,
     out_stride_dim,
     lse_stride_token,
     lse_stride_head,
+    OUT_MANTISSA: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """Normalise and store; a row that saw neither key nor sink gets output 0 and LSE -inf."""
+    """Normalise, scale and store; a row that saw neither key nor sink gets output 0 and LSE -inf."""
     dim = tl.arange(0, BLOCK_DV)
     empty = row_sum == 0.0
     out = acc / tl.where(empty, 1.0, row_sum)[:, None]
     offsets = (token * out_stride_token + head * out_stride_head)[:, None] + (dim * out_stride_dim)[None, :]
     mask = present[:, None] & (dim < head_size_v)[None, :]
-    tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
+    if output_scale_ptr is not None:
+        out = out / tl.load(output_scale_ptr)
+    tl.store(out_ptr + offsets, to_payload(out, out_ptr.dtype.element_ty, OUT_MANTISSA), mask=mask)
     if lse_ptr is not None:
         lse = tl.where(empty, float("-inf"), row_max + tl.log(tl.where(empty, 1.0, row_sum)))
         tl.store(lse_ptr + token * lse_stride_token + head * lse_stride_head, lse, mask=present)

@@ -12,9 +12,9 @@ import triton.language as tl
 from .softmax_rows import initial_max_and_sum, rescale, store_rows
 
 _RUNTIME = (
-    "query_start_loc_ptr", "seq_lens_ptr", "sinks_ptr", "out_ptr", "lse_ptr", "partial_out_ptr", "partial_max_ptr",
-    "partial_sum_ptr", "gqa_ratio", "head_size_v", "num_splits", "num_tokens", "num_q_heads", "out_stride_token",
-    "out_stride_head", "lse_stride_token", "lse_stride_head",
+    "query_start_loc_ptr", "seq_lens_ptr", "sinks_ptr", "output_scale_ptr", "out_ptr", "lse_ptr", "partial_out_ptr",
+    "partial_max_ptr", "partial_sum_ptr", "gqa_ratio", "head_size_v", "num_splits", "num_tokens", "num_q_heads",
+    "out_stride_token", "out_stride_head", "lse_stride_token", "lse_stride_head",
 )  # fmt: skip
 
 
@@ -29,6 +29,7 @@ def split_kv_combine_kernel(
     query_start_loc_ptr,  # [num_seqs + 1] int32
     seq_lens_ptr,  # [num_seqs] int32
     sinks_ptr,  # [num_q_heads] float32 or None
+    output_scale_ptr,  # [1] float32 or None
     out_ptr,  # [num_tokens, num_q_heads, head_size_v]
     lse_ptr,  # [num_tokens, num_q_heads] float32 or None
     partial_out_ptr,  # [num_splits, num_tokens, num_q_heads, head_size_v] float32
@@ -44,6 +45,7 @@ def split_kv_combine_kernel(
     out_stride_dim: tl.int64,
     lse_stride_token: tl.int64,
     lse_stride_head: tl.int64,
+    OUT_MANTISSA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -83,6 +85,6 @@ def split_kv_combine_kernel(
         row_max = new_max
 
     store_rows(
-        acc, row_max, row_sum, token, head, present, out_ptr, lse_ptr, head_size_v,
-        out_stride_token, out_stride_head, out_stride_dim, lse_stride_token, lse_stride_head, BLOCK_DV,
+        acc, row_max, row_sum, token, head, present, out_ptr, lse_ptr, output_scale_ptr, head_size_v,
+        out_stride_token, out_stride_head, out_stride_dim, lse_stride_token, lse_stride_head, OUT_MANTISSA, BLOCK_DV,
     )  # fmt: skip

@@ -24,6 +24,7 @@ from .._shared.paged_tile import (
     value_strides,
     visible,
 )
+from .._shared.payload import as_loaded, descales_by_key, descales_of, payload_values
 from .softmax_rows import initial_max_and_sum, rescale, store_rows
 from .split_kv import keys_per_split, split_kv_combine_kernel
 
@@ -31,17 +32,19 @@ from .split_kv import keys_per_split, split_kv_combine_kernel
 # compilations. The strides that may be innermost do know the value 1, which is what makes loads coalesce.
 _RUNTIME = (
     "q_ptr", "k_cache_ptr", "v_cache_ptr", "block_table_ptr", "kv_indptr_ptr", "kv_page_indices_ptr",
-    "kv_last_page_len_ptr", "query_start_loc_ptr", "seq_lens_ptr", "k_scale_ptr",
-    "v_scale_ptr", "kv_block_descale_ptr", "alibi_slopes_ptr", "sinks_ptr", "out_ptr", "lse_ptr", "partial_out_ptr",
-    "partial_max_ptr", "partial_sum_ptr", "gqa_ratio", "head_size", "head_size_v", "page_size", "window", "num_splits",
-    "num_tokens", "num_q_heads", "q_stride_token", "q_stride_head", "out_stride_token", "out_stride_head",
-    "lse_stride_token", "lse_stride_head", "table_stride", "k_stride_page", "k_stride_slot", "k_stride_head",
-    "v_stride_page", "v_stride_head", "descale_stride_page", "descale_stride_head", "descale_stride_kind",
+    "kv_last_page_len_ptr", "query_start_loc_ptr", "seq_lens_ptr", "q_descale_ptr",
+    "k_descale_ptr", "v_descale_ptr", "output_scale_ptr", "alibi_slopes_ptr", "sinks_ptr", "out_ptr", "lse_ptr",
+    "partial_out_ptr", "partial_max_ptr", "partial_sum_ptr", "gqa_ratio", "head_size", "head_size_v", "page_size",
+    "window", "num_splits", "num_tokens", "num_q_heads", "q_stride_token", "q_stride_head", "out_stride_token",
+    "out_stride_head", "lse_stride_token", "lse_stride_head", "table_stride", "k_stride_page", "k_stride_slot",
+    "k_stride_head", "v_stride_page", "v_stride_head", "k_descale_page", "k_descale_slot", "k_descale_head",
+    "v_descale_page", "v_descale_slot", "v_descale_head",
 )  # fmt: skip
 _INNERMOST = (
     "q_stride_dim", "out_stride_dim", "k_stride_dim", "k_stride_lane", "v_stride_slot", "v_stride_dim",
     "v_stride_slot_lane",
 )  # fmt: skip
+_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
 @triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_INNERMOST)
@@ -55,9 +58,10 @@ def unified_paged_kernel(
     kv_last_page_len_ptr,  # [num_seqs] int32 or None
     query_start_loc_ptr,  # [num_seqs + 1] int32
     seq_lens_ptr,  # [num_seqs] int32
-    k_scale_ptr,  # [1] float32
-    v_scale_ptr,  # [1] float32
-    kv_block_descale_ptr,  # [num_pages, num_kv_heads, 2] float32 or None
+    q_descale_ptr,  # [1] float32 or None
+    k_descale_ptr,  # float32, by its strides
+    v_descale_ptr,
+    output_scale_ptr,  # [1] float32 or None
     alibi_slopes_ptr,  # [num_q_heads] float32 or None
     sinks_ptr,  # [num_q_heads] float32 or None
     out_ptr,  # [num_tokens, num_q_heads, head_size_v]
@@ -94,15 +98,22 @@ def unified_paged_kernel(
     v_stride_head: tl.int64,
     v_stride_dim: tl.int64,
     v_stride_slot_lane: tl.int64,
-    descale_stride_page: tl.int64,
-    descale_stride_head: tl.int64,
-    descale_stride_kind: tl.int64,
+    k_descale_page: tl.int64,
+    k_descale_slot: tl.int64,
+    k_descale_head: tl.int64,
+    v_descale_page: tl.int64,
+    v_descale_slot: tl.int64,
+    v_descale_head: tl.int64,
     VECTOR: tl.constexpr,
     SLOT_VECTOR: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
     QUANTISED: tl.constexpr,
-    PER_PAGE_DESCALE: tl.constexpr,
+    DESCALES_BY_KEY: tl.constexpr,
+    DTYPE: tl.constexpr,  # of all products
+    Q_MANTISSA: tl.constexpr,
+    CACHE_MANTISSA: tl.constexpr,
+    OUT_MANTISSA: tl.constexpr,
     SPLIT_KV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -156,11 +167,14 @@ def unified_paged_kernel(
     dim_v = tl.arange(0, BLOCK_DV)
     q_offsets = (token * q_stride_token + head * q_stride_head)[:, None] + (dim * q_stride_dim)[None, :]
     q = tl.load(q_ptr + q_offsets, mask=present[:, None] & (dim < head_size)[None, :], other=0.0)
+    if q_descale_ptr is not None:
+        q = payload_values(q, Q_MANTISSA).to(DTYPE)  # exact: each of these types holds every 8-bit float
+        softmax_scale *= tl.load(q_descale_ptr)
     if alibi_slopes_ptr is not None:
         slope = tl.load(alibi_slopes_ptr + head, mask=present, other=0.0)
-    if QUANTISED and not PER_PAGE_DESCALE:
-        k_scale = tl.load(k_scale_ptr)
-        v_scale = tl.load(v_scale_ptr)
+    if QUANTISED and not DESCALES_BY_KEY:
+        k_scale = tl.load(k_descale_ptr + kv_head * k_descale_head)
+        v_scale = tl.load(v_descale_ptr + kv_head * v_descale_head)
 
     if SPLIT_KV:  # the sink joins in the combine
         row_max, row_sum = initial_max_and_sum(None, head, present, BLOCK_M)
@@ -179,11 +193,11 @@ def unified_paged_kernel(
             k_stride_page, k_stride_slot, k_stride_head, k_stride_dim, k_stride_lane, VECTOR,
         )  # fmt: skip
         k = tl.load(k_cache_ptr + k_offsets, mask=cached[None, :] & (dim < head_size)[:, None], other=0.0)
-        if PER_PAGE_DESCALE:
-            descale_offsets = page.to(tl.int64) * descale_stride_page + kv_head * descale_stride_head
-            k_scale = tl.load(kv_block_descale_ptr + descale_offsets, mask=cached, other=1.0)[None, :]
+        if DESCALES_BY_KEY:
+            k_descale = page.to(tl.int64) * k_descale_page + slot * k_descale_slot + kv_head * k_descale_head
+            k_scale = tl.load(k_descale_ptr + k_descale, mask=cached, other=1.0)[None, :]
         if QUANTISED:
-            k = (k.to(tl.float32) * k_scale).to(q.dtype)
+            k = (payload_values(k, CACHE_MANTISSA) * k_scale).to(DTYPE)
 
         scores = tl.dot(q, k, input_precision="ieee") * softmax_scale  # [BLOCK_M, BLOCK_N]
         if HAS_SOFT_CAP:
@@ -205,12 +219,12 @@ def unified_paged_kernel(
         )  # fmt: skip
         # 0 * NaN is NaN: values behind the last token must not be loaded, a zero weight does not hide them.
         v = tl.load(v_cache_ptr + v_offsets, mask=cached[:, None] & (dim_v < head_size_v)[None, :], other=0.0)
-        if PER_PAGE_DESCALE:
-            v_scale = tl.load(kv_block_descale_ptr + descale_offsets + descale_stride_kind, mask=cached, other=1.0)
-            v_scale = v_scale[:, None]
+        if DESCALES_BY_KEY:
+            v_descale = page.to(tl.int64) * v_descale_page + slot * v_descale_slot + kv_head * v_descale_head
+            v_scale = tl.load(v_descale_ptr + v_descale, mask=cached, other=1.0)[:, None]
         if QUANTISED:
-            v = (v.to(tl.float32) * v_scale).to(q.dtype)
-        acc = acc * alpha[:, None] + tl.dot(p.to(q.dtype), v, input_precision="ieee")
+            v = (payload_values(v, CACHE_MANTISSA) * v_scale).to(DTYPE)
+        acc = acc * alpha[:, None] + tl.dot(p.to(DTYPE), v, input_precision="ieee")
 
     if SPLIT_KV:
         partial = (split * num_tokens + token) * num_q_heads + head
@@ -220,8 +234,9 @@ def unified_paged_kernel(
         tl.store(partial_out_ptr + partial_offsets, acc, mask=present[:, None] & (dim_v < head_size_v)[None, :])
     else:
         store_rows(
-            acc, row_max, row_sum, token, head, present, out_ptr, lse_ptr, head_size_v,
-            out_stride_token, out_stride_head, out_stride_dim, lse_stride_token, lse_stride_head, BLOCK_DV,
+            acc, row_max, row_sum, token, head, present, out_ptr, lse_ptr, output_scale_ptr, head_size_v,
+            out_stride_token, out_stride_head, out_stride_dim, lse_stride_token, lse_stride_head,
+            OUT_MANTISSA, BLOCK_DV,
         )  # fmt: skip
 
 
@@ -254,11 +269,13 @@ def launch(args: LaunchArguments) -> None:
     num_kv_heads = num_heads_of(args.k_cache, args.layout)
     gqa_ratio = num_q_heads // num_kv_heads
     max_rows = args.max_query_len * gqa_ratio
-    tiles = tiles_for(head_size, head_size_v, args.q.element_size(), max_rows)
+    tiles = tiles_for(head_size, head_size_v, args.compute_dtype.itemsize, max_rows)
     num_tiles, num_seqs = triton.cdiv(max_rows, tiles.rows), args.seq_lens.shape[0]
     table_stride = 0 if args.block_table is None else args.block_table.stride(0)
     lse_strides = (0, 0) if args.lse is None else args.lse.stride()
-    descale_strides = (0, 0, 0) if args.kv_block_descale is None else args.kv_block_descale.stride()
+    k_descale, v_descale = descales_of(args)
+    (q, q_mantissa), (out, out_mantissa) = as_loaded(args.q), as_loaded(args.out)
+    (k_cache, cache_mantissa), (v_cache, _) = as_loaded(args.k_cache), as_loaded(args.v_cache)
     splits = max(args.num_splits, 1)
 
     partial_out = partial_max = partial_sum = None
@@ -269,26 +286,28 @@ def launch(args: LaunchArguments) -> None:
         partial_sum = torch.full(shape, float("nan"), device=args.q.device)
 
     unified_paged_kernel[(num_tiles * splits, num_kv_heads, num_seqs)](
-        args.q, args.k_cache, args.v_cache,
+        q, k_cache, v_cache,
         args.block_table, args.kv_indptr, args.kv_page_indices, args.kv_last_page_len,
         args.query_start_loc, args.seq_lens,
-        args.k_scale, args.v_scale, args.kv_block_descale, args.alibi_slopes, args.sinks, args.out, args.lse,
-        partial_out, partial_max, partial_sum,
+        args.q_descale, k_descale.tensor, v_descale.tensor, args.output_scale,
+        args.alibi_slopes, args.sinks, out, args.lse, partial_out, partial_max, partial_sum,
         args.softmax_scale, args.logits_soft_cap,
         gqa_ratio, head_size, head_size_v, page_size_of(args.k_cache, args.layout), args.sliding_window,
         splits, num_tokens, num_q_heads,
         *args.q.stride(), *args.out.stride(), *lse_strides, table_stride,
         k_strides.page, k_strides.slot, k_strides.head, k_strides.dim, k_strides.lane,
-        v_strides.page, v_strides.slot, v_strides.head, v_strides.dim, v_strides.slot_lane, *descale_strides,
+        v_strides.page, v_strides.slot, v_strides.head, v_strides.dim, v_strides.slot_lane,
+        k_descale.page, k_descale.slot, k_descale.head, v_descale.page, v_descale.slot, v_descale.head,
         VECTOR=k_strides.vector, SLOT_VECTOR=v_strides.slot_vector,
         CAUSAL=args.causal, HAS_SOFT_CAP=args.logits_soft_cap > 0,
-        QUANTISED=args.kv_dtype != "auto", PER_PAGE_DESCALE=args.kv_block_descale is not None,
-        SPLIT_KV=args.num_splits > 0,
+        QUANTISED=args.kv_dtype != "auto", DESCALES_BY_KEY=descales_by_key(args), DTYPE=_TYPES[args.compute_dtype],
+        Q_MANTISSA=q_mantissa, CACHE_MANTISSA=cache_mantissa, OUT_MANTISSA=out_mantissa, SPLIT_KV=args.num_splits > 0,
         BLOCK_M=tiles.rows, BLOCK_N=tiles.keys, BLOCK_D=tiles.dims, BLOCK_DV=tiles.dims_v, num_stages=1,
     )  # fmt: skip
     if args.num_splits:
         split_kv_combine_kernel[(num_tiles, num_kv_heads, num_seqs)](
-            args.query_start_loc, args.seq_lens, args.sinks, args.out, args.lse, partial_out, partial_max, partial_sum,
+            args.query_start_loc, args.seq_lens, args.sinks, args.output_scale, out, args.lse,
+            partial_out, partial_max, partial_sum,
             gqa_ratio, head_size_v, splits, num_tokens, num_q_heads, *args.out.stride(), *lse_strides,
-            BLOCK_M=tiles.rows, BLOCK_N=tiles.keys, BLOCK_DV=tiles.dims_v,
+            OUT_MANTISSA=out_mantissa, BLOCK_M=tiles.rows, BLOCK_N=tiles.keys, BLOCK_DV=tiles.dims_v,
         )  # fmt: skip

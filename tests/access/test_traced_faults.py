@@ -28,7 +28,9 @@ LISTED = case("unified_paged", (5, 1), (30, 40), page_table="kv_indices")
 VECTORIZED = case("unified_paged", (5, 1), (30, 40), layout="vectorized", strides="cache")
 UNIFIED_WINDOW = case("unified_paged", (5,), (79,), sliding_window=17)
 SPLIT = case("unified_paged", (1, 1), (140, 70), num_splits=3)
-LOUD = case("unified_paged", (5, 1), (30, 40), kv_dtype="fp8_e4m3", descales="loud", layout="vllm_classic")
+BY_TOKEN = case("unified_paged", (5, 1), (30, 40), kv_dtype="int8", descales_per="token", strides="cache")
+BY_HEAD = case("unified_paged", (5, 1), (30, 40), kv_dtype="fp8_e5m2fnuz", descales_per="head", strides="cache")
+LOUD = case("unified_paged", (5, 1), (30, 40), kv_dtype="fp8_e4m3", descales_per="page", layout="vllm_classic")
 
 
 @dataclass(frozen=True)
@@ -182,23 +184,60 @@ FAULTS = (
     Fault(
         "descales of another head",
         LOUD,
-        "descale_stride_page + kv_head * descale_stride_head",
-        "descale_stride_page + 0 * kv_head",
-        ("never read: descales of page slots 0..2 ", "read from another head: descales of page slots 0..2 "),
+        "k_descale_slot + kv_head * k_descale_head",
+        "k_descale_slot + 0 * kv_head",
+        ("never read: dim 0 of descales of page slots 0..2 ", "read from another head: descales of page slots 0..2 "),
     ),
     Fault(
         "descales of another page",
         LOUD,
-        "page.to(tl.int64) * descale_stride_page + kv_head",
-        "(page.to(tl.int64) + 1) * descale_stride_page + kv_head",
-        ("never read: descales of page slot",),
+        "page.to(tl.int64) * k_descale_page +",
+        "(page.to(tl.int64) + 1) * k_descale_page +",
+        ("never read: dim 0 of descales of page slot",),
     ),
     Fault(
         "V descale never read",
         LOUD,
-        "descale_offsets + descale_stride_kind",
-        "descale_offsets",
+        "v_descale_ptr + v_descale,",
+        "k_descale_ptr + v_descale,",
         ("never read: dim 1 of descales of page slots 0..2 ",),
+    ),
+    Fault(
+        "descale of the neighbouring slot",
+        BY_TOKEN,
+        "slot * k_descale_slot",
+        "(slot ^ 1) * k_descale_slot",
+        (
+            "read too far: K descale of position 35 (page 3, slot 3), kv head 0 of sequence 0, behind its last cached",
+            "never read: K descale of position 34 (page 3, slot 2), kv head 0 of sequence 0, which token 4 must see",
+        ),
+    ),
+    Fault(
+        "token descale of another head",
+        BY_TOKEN,
+        "v_descale_slot + kv_head * v_descale_head",
+        "v_descale_slot + (kv_head ^ 1) * v_descale_head",
+        (
+            "never read: V descale of positions 0..34 ",
+            "read from another head: V descale of positions 0..34 ",
+        ),
+    ),
+    Fault(
+        "token descale of another page",
+        BY_TOKEN,
+        "page.to(tl.int64) * v_descale_page",
+        "(key // page_size).to(tl.int64) * v_descale_page",
+        ("never read: V descale of ",),
+    ),
+    Fault(
+        "descale of head 0 for all",
+        BY_HEAD,
+        "tl.load(k_descale_ptr + kv_head * k_descale_head)",
+        "tl.load(k_descale_ptr)",
+        (
+            "never read: K descale of positions 0..34, kv head 1 of sequence 0, which tokens 0..4 must see",
+            "read from another head: K descale of position 0, kv head 0 of sequence 0",
+        ),
     ),
     Fault(
         "last dim dropped",

@@ -145,9 +145,10 @@ SMALL = Case(
 AT = input_faults.Target(seq=0, page=3, kv_head=1)
 
 
-@pytest.mark.parametrize("descales", ["per_tensor", "quiet"])
-def test_every_fault_changes_the_output_and_none_stays(descales: str) -> None:
-    staged = staging.stage(replace(SMALL, descales=descales), staging.find_kernel("emulated"), resolve_device(DEVICE))
+@pytest.mark.parametrize(("descales_per", "descales"), [("tensor", "loud"), ("page", "quiet")])
+def test_every_fault_changes_the_output_and_none_stays(descales_per: str, descales: str) -> None:
+    case = replace(SMALL, descales_per=descales_per, descales=descales)
+    staged = staging.stage(case, staging.find_kernel("emulated"), resolve_device(DEVICE))
     assert not staged.judge(input_faults.NONE.inject(staged, AT)).alarm
     honest = staged.setup.outputs[0].tensor.clone()
     for fault in input_faults.FAULTS:

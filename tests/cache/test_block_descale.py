@@ -19,7 +19,7 @@ from harness.run.plant import PLANTS
 
 ROWS = Rows("r", (5, 1, 7, 1, 3, 1), (40, 60, -3, -1, 33, 500))
 CASE = Case(
-    "m", "k", ROWS, num_q_heads=4, gqa_ratio=2, head_size=24, kv_dtype="fp8_e4m3", descales="loud", strides="cache"
+    "m", "k", ROWS, num_q_heads=4, gqa_ratio=2, head_size=24, kv_dtype="fp8_e4m3", descales_per="page", strides="cache"
 )
 
 
@@ -30,6 +30,7 @@ def test_honest_caches_are_green(descales: str, content: Content) -> None:
     for number, (strides, kv_dtype, page_size) in enumerate(grid):
         case = replace(
             CASE,
+            descales_per="page",
             descales=descales,
             strides=strides,
             kv_dtype=kv_dtype,
@@ -74,10 +75,9 @@ def test_a_shared_page_has_one_descale_and_verifies() -> None:
     cache = build_cache(problem, Content.ALL)
     assert cache.pages[0][:2] == cache.pages[1][:2] == cache.pages[2][:2]
     verify_cache(problem, cache, Content.ALL)
-    assert problem.page_descales is not None
-    other = problem.page_descales.clone()
+    other = problem.descales.clone()
     other[3 + 1] *= 1.01  # the second sequence believes in another descale of a page that it shares
-    bug = red(replace(problem, page_descales=other), cache)
+    bug = red(replace(problem, descales=other), cache)
     assert "quantised with" in bug.hint or "payload" in bug.hint
 
 
@@ -148,7 +148,7 @@ def test_descales_are_there_where_the_case_has_them_and_only_there() -> None:
     problem, cache = edited(lambda block, cache: None)
     assert red(problem, replace(cache, kv_block_descale=None)).got == "None"
     assert red(problem, replace(cache, k_scale=torch.ones(1))).tensor == "k_scale"
-    plain = build_problem(replace(CASE, descales="per_tensor"), "cpu")
+    plain = build_problem(replace(CASE, descales_per="tensor"), "cpu")
     own = build_cache(plain, Content.ALL)
     assert own.kv_block_descale is None
     assert red(plain, replace(own, kv_block_descale=cache.kv_block_descale)).expected == "None"
@@ -157,8 +157,7 @@ def test_descales_are_there_where_the_case_has_them_and_only_there() -> None:
 def test_a_payload_made_with_the_neighbours_descale() -> None:
     """The builder's own mistake: descales and table agree, the payload does not."""
     problem, cache = edited(lambda block, cache: None)
-    assert problem.page_descales is not None
-    rolled = build_cache(replace(problem, page_descales=problem.page_descales.roll(1, 0)), Content.ALL)
+    rolled = build_cache(replace(problem, descales=problem.descales.roll(1, 0)), Content.ALL)
     bug = red(problem, replace(cache, value_payload=rolled.value_payload, v=rolled.v))
     assert bug.tensor == "v_cache"
     assert "at descale" in bug.expected
@@ -167,6 +166,6 @@ def test_a_payload_made_with_the_neighbours_descale() -> None:
 def test_scales_of_one_stay_a_plant_that_can_be_planted() -> None:
     plant = PLANTS["scale-one"]
     problem = build_problem(plant.case(CASE), "cpu")
-    assert (problem.k_scale, problem.v_scale, problem.page_descales) == (1.0, 1.0, None)
-    auto = replace(CASE, kv_dtype="auto", descales="per_tensor")
+    assert problem.descales.tolist() == [[[1.0, 1.0]]]
+    auto = replace(CASE, kv_dtype="auto", descales_per="tensor")
     assert plant.case(auto) == auto

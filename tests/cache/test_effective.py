@@ -21,16 +21,16 @@ def test_cached_tokens_are_dequantised_and_new_ones_are_raw(content: str, first:
     k, v = effective_kv(problem, cache, Content(content))
     weights = value_weights(problem, Content(content))
     for got, payload, scale, raw in (
-        (k, cache.key_payload, problem.k_scale, problem.k),
-        (v, cache.value_payload, problem.v_scale, problem.v),
+        (k, cache.key_payload, problem.descale("k"), problem.k),
+        (v, cache.value_payload, problem.descale("v"), problem.v),
     ):
         assert got.dtype == torch.float32
-        stored = payload.float() * torch.tensor(scale)
+        stored = payload.float() * scale
         assert not torch.equal(stored, raw.float())
         assert torch.equal(
             got, torch.cat([stored[:first], raw[first:34], stored[34 : 34 + second], raw[34 + second :]])
         )
-    scale = torch.tensor(problem.v_scale).expand(2)
+    scale = problem.descale("v")[0, 0].expand(2)
     assert weights.shape == (55, 2)
     assert torch.equal(weights[first - 1], scale)
     assert torch.equal(weights[34 + second - 1], scale)

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from harness.cache.address import address
 from harness.cache.layouts import allocate, by_slot
-from harness.cache.poison import POISON_BITS
 from harness.cache.quantise import bits_of
 from harness.dtypes import ELEMENT_TYPES, element_type
 from harness.layout import LAYOUTS, cache_shape, vector_size
@@ -54,7 +53,7 @@ def test_round_trip(
     element, pages = element_type(stored), 3
     page_size = 1 if layout == "linear_3d" else page_size
     shape = cache_shape(layout, which, pages, page_size, heads, dim, element.size)
-    cache = allocate(layout, which, shape, element, POISON_BITS, strided, "cpu")
+    cache = allocate(layout, which, shape, element, element.poison, strided, "cpu")
     assert tuple(cache.shape) == shape
     assert cache.stride(-1) == 1
     assert cache.is_contiguous() == (not strided)
@@ -74,7 +73,7 @@ def test_round_trip(
     untouched = torch.ones(len(flat), dtype=torch.bool)
     untouched[offsets] = False
     assert int(untouched.sum()) == len(flat) - payload.numel()  # no two tokens share an element
-    assert bool((flat[untouched] == POISON_BITS).all())
+    assert bool((flat[untouched] == element.poison).all())
 
     for token, head, d in ((0, 0, 0), (tokens // 2, heads - 1, dim - 1), (tokens - 1, heads // 2, dim // 2)):
         found = element_at(bits_of(cache), layout, which, int(page[token]), int(slot[token]), head, d)
@@ -86,7 +85,7 @@ def test_rows_stay_aligned_and_strides_of_k_and_v_differ(layout: str) -> None:
     strides = []
     for which in ("k", "v"):
         shape = cache_shape(layout, which, 3, 1 if layout == "linear_3d" else 16, 2, 64, 2)
-        cache = allocate(layout, which, shape, element_type("fp16"), POISON_BITS, True, "cpu")
+        cache = allocate(layout, which, shape, element_type("fp16"), element_type("fp16").poison, True, "cpu")
         assert all(stride * 2 % 16 == 0 for stride in cache.stride()[:2])  # pages and heads, or slots
         strides.append(cache.stride()[:2])
     assert all(k != v for k, v in zip(*strides, strict=True))
@@ -97,7 +96,7 @@ def test_strided_views_of_vectorized_have_gaps_behind_pages_and_heads_only() -> 
     for which in ("k", "v"):
         shape = cache_shape("vectorized", which, 3, 32, 2, 64, 2)
         assert shape == ((3, 2, 8, 32, 8) if which == "k" else (3, 2, 4, 64, 8))
-        cache = allocate("vectorized", which, shape, element_type("fp16"), POISON_BITS, True, "cpu")
+        cache = allocate("vectorized", which, shape, element_type("fp16"), element_type("fp16").poison, True, "cpu")
         assert cache.stride()[2:] == ((32 * 8, 8, 1) if which == "k" else (64 * 8, 8, 1))
         assert cache.stride(1) > 32 * 64
         assert cache.stride(0) > 2 * cache.stride(1)

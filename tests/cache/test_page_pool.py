@@ -23,8 +23,8 @@ from harness.problem.problem import Problem, build_problem
 DEVICES = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
 ROWS = Rows("r", (3, 1), (20, 30))  # 2 pages each
 CASE = Case(
-    "m", "k", ROWS, num_q_heads=2, head_size=64, kv_dtype="fp8_e4m3", descales="loud", num_pages=300, pool="aliased",
-    placement=Placement("explicit", "far", ((260, 7), (261, 299))),
+    "m", "k", ROWS, num_q_heads=2, head_size=64, kv_dtype="fp8_e4m3", descales_per="page", num_pages=300,
+    pool="aliased", placement=Placement("explicit", "far", ((260, 7), (261, 299))),
 )  # fmt: skip
 TWICE = replace(CASE, rows=Rows("r", (3, 1), (20, 40)), placement=Placement("explicit", "t", ((260, 7), (8, 261, 8))))
 
@@ -116,9 +116,9 @@ def test_a_page_that_a_sequence_has_twice_holds_the_same_tokens_and_descales(
     for tensor in (problem.k, problem.v, cache.key_payload.float(), cache.value_payload.float()):
         assert torch.equal(tensor[start : start + 9], tensor[start + 32 : start + 41])
         assert not torch.equal(tensor[start : start + 9], tensor[start + 16 : start + 25])
-    assert problem.page_descales is not None
-    assert torch.equal(problem.page_descales[2], problem.page_descales[4])
-    assert not torch.equal(problem.page_descales[2], problem.page_descales[3])
+    assert problem.descales is not None
+    assert torch.equal(problem.descales[2], problem.descales[4])
+    assert not torch.equal(problem.descales[2], problem.descales[3])
     assert problem.structured
 
 

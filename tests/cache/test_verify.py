@@ -202,7 +202,7 @@ def test_a_missing_descale() -> None:
     bug = red(problem, replace(cache, value_payload=unscaled), Content.ALL)  # the builder's own mistake
     assert bug.tensor == "v_cache"
     assert "stored as fp8_e4m3 at descale" in bug.expected
-    other = build_cache(replace(problem, v_scale=1.0), Content.ALL)
+    other = build_cache(replace(problem, descales=torch.ones(1, 1, 2)), Content.ALL)
     bug = red(problem, replace(cache, v=other.v), Content.ALL)
     assert bug.got == "position 0 holds its value without the descale"
     bug = red(problem, replace(cache, k_scale=torch.ones(1)), Content.ALL)

@@ -15,7 +15,7 @@ def output(dtype: torch.dtype = torch.float16, strided: bool = True) -> GuardedO
     return guarded_output("out", (3, 2, 5), dtype, CPU, strided)
 
 
-@pytest.mark.parametrize("name", ELEMENT_TYPES)
+@pytest.mark.parametrize("name", [name for name, kind in ELEMENT_TYPES.items() if kind.torch.is_floating_point])
 @pytest.mark.parametrize("strided", [False, True])
 def test_output_starts_as_nan_and_an_honest_write_leaves_the_red_zones_alone(name: str, strided: bool) -> None:
     guarded = output(ELEMENT_TYPES[name].torch, strided)

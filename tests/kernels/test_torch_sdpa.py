@@ -93,11 +93,12 @@ FAULTS = {
         page_table="kv_indices")),
     "gqa modulo": ("k = keys.float().transpose(0, 1).repeat_interleave(gqa_ratio, 0)", (
         "k = keys.float().transpose(0, 1).repeat(gqa_ratio, 1, 1)"), Paged()),
-    "scale of K for V": ("(args.v_cache, args.v_scale)", "(args.v_cache, args.k_scale)", Paged(kv_dtype="fp8_e4m3")),
-    "scale after the cap": ("* args.softmax_scale / cap", "/ cap", Paged(cap=2.0)),
+    "scale of K for V": ("(args.k_scale, args.v_scale)[kind]", "(args.k_scale, args.k_scale)[kind]", Paged(
+        kv_dtype="fp8_e4m3")),
+    "scale after the cap": ("* scale / cap", "/ cap", Paged(cap=2.0)),
     "alibi mirrored": ("None] * distance", "None] * -distance", Paged(alibi=True)),
     "sink of another head": ("args.sinks.view(-1, 1, 1)", "args.sinks.flip(0).view(-1, 1, 1)", Paged(sinks=True)),
-    "softmax scale of SDPA": ("attn_mask=bias, scale=args.softmax_scale", "attn_mask=bias", Paged()),
+    "softmax scale of SDPA": ("attn_mask=bias, scale=scale", "attn_mask=bias", Paged()),
     "row without keys not 0": ("~seen.any(1)[:, None], 0.0)", "~seen.any(1)[:, None], 1.0)", Paged(
         query_lens=(3,), context_lens=(-1,))),
 }  # fmt: skip

@@ -110,9 +110,10 @@ FAULTS = {
         page_table="kv_indices", causal=False)),
     "gqa modulo": ("head = kv_head * gqa_ratio + row % gqa_ratio\n    context_len", (
         "head = kv_head + (row % gqa_ratio) * tl.num_programs(1)\n    context_len"), Paged()),
-    "scale of K for V": ("v_scale = tl.load(v_scale_ptr)", "v_scale = tl.load(k_scale_ptr)", Paged(
+    "scale of K for V": ("tl.load(v_descale_ptr + kv_head", "tl.load(k_descale_ptr + kv_head", Paged(
         kv_dtype="fp8_e4m3")),
-    "K not scaled": ("k = (k.to(tl.float32) * k_scale)", "k = k.to(tl.float32)", Paged(kv_dtype="fp8_e5m2")),
+    "K not scaled": ("(payload_values(k, CACHE_MANTISSA) * k_scale)", "payload_values(k, CACHE_MANTISSA)", Paged(
+        kv_dtype="fp8_e5m2")),
     "accumulator not rescaled": ("acc = acc * alpha[:, None] + tl.dot", "acc = acc + tl.dot", LONG),
     "soft cap after the mask": ("scores = soft_cap(scores, cap)", "scores = soft_cap(scores + 1.0, cap)", Paged(
         cap=2.0)),

@@ -21,7 +21,7 @@ from harness.oracle.scene import Batch
 from harness.oracle.scene_sampling import MAX_ROWS, scenes
 from harness.oracle.tolerance import Tolerance, tolerance
 from harness.problem.problem import build_problem
-from harness.run.observe import Demand, observe_case
+from harness.run.observe import Demand, batch_of, observe_case
 from harness.run.reference import build_reference, reference_inputs
 from harness.run.setup import build_arguments
 from references.attention import AttentionInputs, Rounding, attend
@@ -69,10 +69,8 @@ def stage(case: Case) -> Staged:
     problem, cache_ = setup.problem, setup.cache
     reference = build_reference(problem, cache_, contract)
     allowed = tolerance(reference, contract.numerics, case.dtype, case.head_size, structured=problem.structured)
-    lens = zip(case.rows.query_lens, case.rows.context_lens, strict=True)
-    cached = tuple(contract.content.cached_len(*pair) for pair in lens)
     inputs = reference_inputs(problem, cache_, contract)
-    batch = Batch(case, inputs, cached, cache_.key_payload, cache_.value_payload)
+    batch = batch_of(setup, inputs, contract)
     return Staged(case, contract, inputs, batch, allowed, (cache_.key_payload.float(), cache_.value_payload.float()))
 
 
@@ -259,7 +257,7 @@ def test_a_case_that_sees_and_one_that_cannot(fault: str) -> None:
     case = make(**axes)
     contract = KERNELS[case.kernel]
     assert observe_case(case, contract, Demand((fault,)), "cpu").unseen == ()
-    tiny = replace(case, data="tiny", descales="one" if case.kv_dtype != "auto" else "per_tensor")
+    tiny = replace(case, data="tiny", descales="one" if case.kv_dtype != "auto" else "loud")
     blind = observe_case(tiny, contract, Demand((fault,), legacy=(1e-3, 0.0)), "cpu")
     assert [effect.fault for effect in blind.unseen] == [fault]
     assert blind.facts
@@ -352,7 +350,7 @@ def test_a_sample_can_only_understate(fault: str) -> None:
     ],
 )
 def test_descales_that_no_output_can_show(k: list[float], v: list[float], faults: list[str]) -> None:
-    descales = {"k_descale": torch.tensor(k)[:, None, None], "v_descale": torch.tensor(v)[:, None, None]}
+    descales: dict[str, Any] = {"descales": torch.tensor([k, v]).T[:, None], "law": "loud", "q_descale": None}
     found = blind_to(kv_dtype="fp8_e4m3", **descales, pages=[[7, 2], [4]])
     assert [blindness.fault for blindness in found] == faults
     assert blind_to(kv_dtype="auto", **descales, pages=[[7, 2], [4]]) == ()

@@ -17,7 +17,7 @@ from harness.oracle.scene import Batch, Scene
 from harness.oracle.scene_sampling import MAX_HEADS, loudest_heads, scenes
 from harness.oracle.tolerance import tolerance
 from harness.problem.problem import build_problem
-from harness.run.observe import Demand, observe_case
+from harness.run.observe import Demand, batch_of, observe_case
 from harness.run.reference import build_reference, reference_inputs
 from harness.run.setup import build_arguments
 from tests.references.test_memory import LiveBytes
@@ -34,13 +34,10 @@ def make(rows: Rows = LONG, **axes: Any) -> Case:
     return Case(matrix="m", kernel="unified_paged", rows=rows, **(defaults | axes))
 
 
-def batch_of(case: Case, device: str = "cpu") -> Batch:
+def built(case: Case, device: str = "cpu") -> Batch:
     contract = KERNELS[case.kernel]
     setup = build_arguments(build_problem(case, device), contract)
-    lens = zip(case.rows.query_lens, case.rows.context_lens, strict=True)
-    cached_lens = tuple(contract.content.cached_len(*pair) for pair in lens)
-    inputs = reference_inputs(setup.problem, setup.cache, contract)
-    return Batch(case, inputs, cached_lens, setup.cache.key_payload, setup.cache.value_payload)
+    return batch_of(setup, reference_inputs(setup.problem, setup.cache, contract), contract)
 
 
 def shown(batch: Batch, fault: str) -> float:
@@ -63,7 +60,7 @@ def of_heads(batch: Batch, heads: tuple[int, ...]) -> Batch:
 def test_a_decode_row_of_many_heads_shows_the_newest_token_that_a_sample_by_number_misses(
     gqa_ratio: int, device: str
 ) -> None:
-    batch = batch_of(make(data="probe", gqa_ratio=gqa_ratio), device)
+    batch = built(make(data="probe", gqa_ratio=gqa_ratio), device)
     assert shown(of_heads(batch, BY_NUMBER), "newest_token") < MARGIN
     assert shown(batch, "newest_token") > 100 * MARGIN
 
@@ -78,7 +75,7 @@ def test_the_only_loud_head_is_found(place: str, key: int, head: int, gqa_ratio:
     """All heads but one attend alike to everything; that one attends to a single key where faults strike."""
     window = 700 if place == "oldest" else None
     case = make(Rows("one", (1,), (2000,)), data="uniform", gqa_ratio=gqa_ratio, sliding_window=window)
-    batch = batch_of(case)
+    batch = built(case)
     target = batch.inputs.k[key, head // gqa_ratio]  # [head_size]
     q = batch.inputs.q.clone()
     q[0, head] = (12 * target / (target.square().sum() * batch.inputs.softmax_scale)).to(q.dtype)
@@ -120,7 +117,7 @@ def test_a_sample_has_the_tolerance_of_the_whole(axes: dict[str, Any], device: s
     reference = build_reference(setup.problem, setup.cache, contract)
     known = known_tolerance(tolerance(reference, contract.numerics, case.dtype, case.head_size))
     alone = sampled_tolerance(contract.numerics, structured=False)
-    for scene in scenes(batch_of(case, device)):
+    for scene in scenes(built(case, device)):
         for of_all, of_sample in ((known(scene).out, alone(scene).out), (known(scene).lse, alone(scene).lse)):
             ratio = of_sample / of_all.where(of_all > 0, 1.0)
             assert bool((ratio[of_all > 0] > 0.97).all())
@@ -130,7 +127,7 @@ def test_a_sample_has_the_tolerance_of_the_whole(axes: dict[str, Any], device: s
 def test_temporaries_stay_within_the_stated_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make(Rows("mixed", (40, 1), (460, 900)), data="probe", gqa_ratio=16, kv_dtype="fp8_e4m3")
     faults = ["newest_token", "page_swap", "k_descale", "scale_dropped", "softmax_scale"]
-    contract, batch = KERNELS[case.kernel], batch_of(case)
+    contract, batch = KERNELS[case.kernel], built(case)
     allowed = sampled_tolerance(contract.numerics, structured=False)
 
     def effects() -> dict[str, float | None]:
@@ -149,7 +146,7 @@ def test_temporaries_stay_within_the_stated_bound(monkeypatch: pytest.MonkeyPatc
 
 
 def test_parts_of_a_group_are_looked_at_as_the_whole_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = batch_of(make(Rows("one", (1,), (300,)), data="probe", gqa_ratio=16))
+    batch = built(make(Rows("one", (1,), (300,)), data="probe", gqa_ratio=16))
     at_once = loudest_heads(whole(batch))
     monkeypatch.setattr(scene_sampling, "MAX_ELEMENTS", 3 * 301 * 24)
     assert loudest_heads(whole(batch)) == at_once

@@ -1,4 +1,4 @@
-"""Descales by page: spread as they are named, inside the range of the stored type, one per shared page."""
+"""Descales: spread as they are named, inside the range of the stored type, one for what a prefix shares."""
 
 from dataclasses import replace
 
@@ -12,16 +12,12 @@ from harness.problem.admission import LAWS, descales_refusal
 from harness.problem.problem import Problem, build_problem
 
 ROWS = Rows("r", (5, 1, 7, 1, 3), (340, 1060, -3, -1, 133))
-CASE = Case("m", "k", ROWS, num_q_heads=8, gqa_ratio=2, head_size=32, kv_dtype="fp8_e4m3")
-
-
-def scales(problem: Problem) -> torch.Tensor:
-    assert problem.page_descales is not None
-    return problem.page_descales
+PLAIN = Case("m", "k", ROWS, num_q_heads=8, gqa_ratio=2, head_size=32, kv_dtype="fp8_e4m3")
+CASE = replace(PLAIN, descales_per="page")
 
 
 def test_loud_descales_span_a_factor_and_are_independent() -> None:
-    drawn = scales(build_problem(replace(CASE, descales="loud"), "cpu"))
+    drawn = build_problem(CASE, "cpu").descales
     assert drawn.shape == (22 + 67 + 1 + 0 + 9, 4, 2)
     for kind in range(2):
         assert float(drawn[..., kind].max() / drawn[..., kind].min()) > 16
@@ -34,49 +30,76 @@ def test_loud_descales_span_a_factor_and_are_independent() -> None:
     assert len(drawn.unique()) > 0.9 * drawn.numel()
 
 
-def test_quiet_descales_are_within_two_percent() -> None:
-    problem = build_problem(replace(CASE, descales="quiet"), "cpu")
-    per_tensor = build_problem(CASE, "cpu")
-    for kind, scale in enumerate((per_tensor.k_scale, per_tensor.v_scale)):
-        drawn = scales(problem)[..., kind]
-        assert 1.015 < float(drawn.max() / drawn.min()) <= 1.02 + 1e-6
+def test_every_token_has_a_loud_descale_of_its_own() -> None:
+    problem = build_problem(replace(PLAIN, descales_per="token"), "cpu")
+    assert problem.descales.shape == (problem.key_start[-1], 4, 2)
+    assert torch.equal(problem.descale("v")[..., 0], problem.descales[..., 1])
+    logs = problem.descales.log2()
+    assert float(logs.amax() - logs.amin()) > 4
+    assert 0.8 < float((logs[1:] - logs[:-1]).abs().mean()) < 2.4  # neighbours are a factor of three apart
+    assert len(problem.descales.unique()) > 0.5 * problem.descales.numel()
+
+
+@pytest.mark.parametrize("heads", [2, 3, 8, 32])
+def test_loud_descales_of_heads_are_never_near_each_other(heads: int) -> None:
+    for seed in range(8):
+        case = replace(PLAIN, descales_per="head", num_q_heads=heads, gqa_ratio=1, data_seed=seed)
+        drawn = build_problem(case, "cpu").descales  # [1, heads, 2]
+        assert drawn.shape == (1, heads, 2)
+        octaves = drawn[0].log2().sort(dim=0).values.diff(dim=0)
+        assert float(octaves.min()) > 2.0 / heads
+        assert build_problem(case, "cpu").descale("k").shape == (1, heads, 1)
+
+
+@pytest.mark.parametrize("per", ["head", "page", "token"])
+def test_quiet_descales_are_within_two_percent_and_equal_ones_are_equal(per: str) -> None:
+    quiet, equal = (
+        build_problem(replace(PLAIN, descales_per=per, descales=law), "cpu").descales for law in ("quiet", "equal")
+    )
+    whole = build_problem(PLAIN, "cpu").descales[0, 0].tolist()
+    for kind, scale in enumerate(whole):
+        drawn = quiet[..., kind]
+        assert (1.015 if per != "head" else 1.002) < float(drawn.max() / drawn.min()) <= 1.02 + 1e-6
         assert float(drawn.min()) >= scale
         assert len(drawn.unique()) > 0.9 * drawn.numel()
+        assert equal[..., kind].unique().tolist() == [scale]
+    assert equal.shape == quiet.shape
 
 
 def test_one_and_per_tensor() -> None:
-    one, per_tensor = (build_problem(replace(CASE, descales=d), "cpu") for d in ("one", "per_tensor"))
-    assert (one.k_scale, one.v_scale) == (1.0, 1.0)
-    assert one.page_descales is None is per_tensor.page_descales
-    assert one.descale("k").shape == (1, 1, 1)
-    assert float(per_tensor.descale("v")) == per_tensor.v_scale
-    for name in ("q", "k", "v"):  # descales are no part of the values
-        assert torch.equal(getattr(one, name), getattr(per_tensor, name))
-        assert torch.equal(getattr(one, name), getattr(build_problem(replace(CASE, descales="loud"), "cpu"), name))
+    one, loud = (build_problem(replace(PLAIN, descales=d), "cpu") for d in ("one", "loud"))
+    assert one.descales.tolist() == [[[1.0, 1.0]]]
+    assert loud.descales.shape == (1, 1, 2)
+    assert loud.descale("k").shape == (1, 1, 1)
+    for per in ("tensor", "head", "page", "token"):
+        assert bool((build_problem(replace(PLAIN, descales_per=per, descales="one"), "cpu").descales == 1).all())
+        for name in ("q", "k", "v"):  # descales are no part of the values
+            assert torch.equal(
+                getattr(one, name), getattr(build_problem(replace(PLAIN, descales_per=per), "cpu"), name)
+            )
 
 
-@pytest.mark.parametrize("kv_dtype", ["fp8_e4m3", "fp8_e5m2"])
+@pytest.mark.parametrize("kv_dtype", ["fp8_e4m3", "fp8_e5m2", "int8"])
 @pytest.mark.parametrize("descales", ["quiet", "loud"])
 @pytest.mark.parametrize("data", LAWS)
 def test_nothing_saturates_and_every_key_has_the_descale_of_its_page(data: str, descales: str, kv_dtype: str) -> None:
     case = replace(CASE, data=data, descales=descales, kv_dtype=kv_dtype)
     problem = build_problem(case, "cpu")
-    assert problem.k_scale != problem.k_scale  # NaN: nothing may be multiplied with it
     for which, values in (("k", problem.k), ("v", problem.v)):
         descale = problem.descale(which)
         assert descale.shape == (*values.shape[:2], 1)
-        assert float((values.double() / descale).abs().max()) <= element_type(kv_dtype).largest
+        stored = element_type(kv_dtype)  # needles are keys as they are stored, rounded to the dtype of the case
+        assert float((values.double() / descale).abs().max()) <= stored.largest + stored.half_subnormal
         first_page = descale[:16]
         assert bool((first_page == first_page[:1]).all())
         assert not torch.equal(first_page[0], descale[16])
-    page = scales(problem)[22 + 3]  # page 3 of sequence 1
+    page = problem.descales[22 + 3]  # page 3 of sequence 1
     at = problem.key_start[1] + 3 * 16
     assert torch.equal(torch.stack([problem.descale(w)[at, :, 0] for w in "kv"], dim=1), page)
 
 
 def test_outliers_raise_the_descale_of_their_page_only() -> None:
-    case = replace(CASE, descales="loud")
-    plain, outliers = (scales(build_problem(replace(case, data=d), "cpu")) for d in ("normal", "outliers"))
+    plain, outliers = (build_problem(replace(CASE, data=d), "cpu").descales for d in ("normal", "outliers"))
     raised = (outliers > plain).float().mean()
     assert 0.0 < float(raised) < 0.3
     assert bool((outliers >= plain).all())
@@ -84,24 +107,62 @@ def test_outliers_raise_the_descale_of_their_page_only() -> None:
 
 def test_a_shared_page_has_one_descale() -> None:
     rows = Rows("r", (3, 1, 4, 5), (70, 50, 0, 60))
-    case = replace(CASE, rows=rows, placement=Placement("shared_prefix", "shared"), descales="loud")
-    drawn = scales(
-        build_problem(case, "cpu")
-    )  # pages: 5, 4, 1, 5, of which the first 3 are shared where there is context
+    case = replace(CASE, rows=rows, placement=Placement("shared_prefix", "shared"))
+    drawn = build_problem(case, "cpu").descales
+    # pages: 5, 4, 1, 5, of which the first 3 are shared where there is context
     first, second, third, fourth = drawn.split([5, 4, 1, 5])
     assert torch.equal(first[:3], second[:3])
     assert torch.equal(first[:3], fourth[:3])
     assert not torch.equal(first[0], third[0])
     assert not torch.equal(first[3], second[3])
-    apart = scales(build_problem(replace(case, placement=Placement()), "cpu"))
+    apart = build_problem(replace(case, placement=Placement()), "cpu").descales
     assert not torch.equal(apart[:3], apart[5:8])
+    tokens = build_problem(replace(case, descales_per="token"), "cpu").descales
+    first, second, third, fourth = tokens.split([73, 51, 4, 65])
+    assert torch.equal(first[:48], second[:48])
+    assert torch.equal(first[:48], fourth[:48])
+    assert not torch.equal(first[:4], third)
+    assert not torch.equal(first[48], second[48])
 
 
-def test_what_a_cache_without_descales_refuses() -> None:
-    assert descales_refusal(replace(CASE, kv_dtype="auto")) is None
-    for descales in ("quiet", "loud", "one"):
-        case = replace(CASE, kv_dtype="auto", descales=descales)
-        with pytest.raises(LawError, match=f"descales {descales}: a cache of kv_dtype auto has none"):
+def stored_queries(problem: Problem) -> torch.Tensor:
+    """Values of q, float64."""
+    return problem.q.double() * problem.q_descale
+
+
+@pytest.mark.parametrize("q_dtype", ["fp8_e4m3", "fp8_e4m3fnuz", "fp8_e5m2", "fp8_e5m2fnuz"])
+@pytest.mark.parametrize("data", ["normal", "probe", "outliers", "large"])
+def test_an_8_bit_query_is_the_drawn_one_rounded_at_its_own_descale(data: str, q_dtype: str) -> None:
+    plain, stored = (build_problem(replace(PLAIN, data=data, q_dtype=q), "cpu") for q in ("auto", q_dtype))
+    assert plain.q_descale == 1.0
+    element = element_type(q_dtype)
+    assert stored.q.dtype == element.torch
+    assert stored.q_descale not in (1.0, *plain.descales.flatten().tolist())
+    error = (stored_queries(stored) - plain.q.double()).abs()
+    step = element.unit_roundoff * plain.q.double().abs() + element.half_subnormal * stored.q_descale
+    assert bool((error <= step * (1 + 2.0**-20)).all())
+    assert float(error.max()) > 0
+
+
+def test_an_8_bit_output_has_a_scale_at_which_large_values_saturate() -> None:
+    for out_dtype in ("fp8_e4m3", "fp8_e5m2fnuz"):
+        scale = build_problem(replace(PLAIN, out_dtype=out_dtype), "cpu").output_scale
+        assert 1.5 <= scale * element_type(out_dtype).largest <= 3.0
+    assert build_problem(PLAIN, "cpu").output_scale == 1.0
+
+
+def test_what_a_case_refuses() -> None:
+    auto = replace(PLAIN, kv_dtype="auto")
+    assert descales_refusal(auto) is None
+    for case, words in (
+        (replace(auto, descales_per="page"), "descales_per page: a cache of kv_dtype auto has no descales"),
+        (replace(auto, descales="one"), "descales one: a cache of kv_dtype auto has none"),
+        (replace(PLAIN, descales="quiet"), "descales quiet: one per tensor has nothing to be quiet with"),
+        (replace(PLAIN, descales="equal"), "descales equal: one per tensor has nothing to be equal with"),
+        (replace(PLAIN, descales="lod"), "unknown descales 'lod'; known: loud, quiet, equal, one"),
+        (replace(PLAIN, descales_per="dim"), "unknown descales_per 'dim'; known: tensor, head, page, token"),
+        (replace(PLAIN, data="needle", q_dtype="fp8_e4m3"), "needle: a query of 8 bits is not exactly a multiple of"),
+    ):
+        with pytest.raises(LawError, match=words):
             build_problem(case, "cpu")
-    with pytest.raises(LawError, match="unknown descales 'lod'; known: per_tensor, quiet, loud, one"):
-        build_problem(replace(CASE, descales="lod"), "cpu")
+    assert descales_refusal(replace(auto, q_dtype="fp8_e4m3", descales="one")) is None

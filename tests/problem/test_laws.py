@@ -94,7 +94,7 @@ def test_laws_build_everywhere_and_the_same_each_time(data: str, variant: str) -
 @pytest.mark.parametrize("variant", [*VARIANTS, "fp8, loud descales"])
 @pytest.mark.parametrize("data", ["needle", "needle_edges"])
 def test_a_needle_has_all_the_mass(data: str, variant: str) -> None:
-    loud = {"kv_dtype": "fp8_e4m3", "descales": "loud", "sliding_window": 40}
+    loud = {"kv_dtype": "fp8_e4m3", "descales_per": "page", "sliding_window": 40}
     case = replace(BASE, data=data, **VARIANTS.get(variant, loud))
     problem = build_problem(case, "cpu")
     for scores, seen, _ in rows_of(problem):
@@ -211,15 +211,15 @@ def test_descales_differ_from_one_and_each_other_and_nothing_saturates(data: str
     drawn = set()
     for seed in range(4):
         problem = build_problem(replace(BASE, data=data, kv_dtype=kv_dtype, data_seed=seed), "cpu")
-        assert len({1.0, problem.k_scale, problem.v_scale}) == 3
-        assert 0.02 <= problem.k_scale < 0.9
+        ((k_scale, v_scale),) = problem.descales[0].tolist()
+        assert len({1.0, k_scale, v_scale}) == 3
+        assert 0.02 <= k_scale < 0.9
         largest = element_type(kv_dtype).largest
-        assert float(problem.k.abs().max()) / problem.k_scale <= largest
-        assert float(problem.v.abs().max()) / problem.v_scale <= largest
-        drawn.add(problem.k_scale)
+        assert float(problem.k.abs().max()) / k_scale <= largest
+        assert float(problem.v.abs().max()) / v_scale <= largest
+        drawn.add(k_scale)
     assert len(drawn) == 4
-    auto = build_problem(replace(BASE, data=data), "cpu")
-    assert auto.k_scale == auto.v_scale == 1.0
+    assert build_problem(replace(BASE, data=data), "cpu").descales.tolist() == [[[1.0, 1.0]]]
 
 
 def test_shared_prefix_is_whole_pages_of_the_same_tokens() -> None:

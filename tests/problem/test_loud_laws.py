@@ -20,7 +20,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "window": {"sliding_window": 70},
     "sinks, soft cap": {"sinks": True, "logits_soft_cap": 30.0},
     "fp8 e4m3": {"kv_dtype": "fp8_e4m3"},
-    "fp8 e5m2, loud descales": {"kv_dtype": "fp8_e5m2", "descales": "loud", "dtype": "bf16"},
+    "fp8 e5m2, loud descales": {"kv_dtype": "fp8_e5m2", "descales_per": "page", "dtype": "bf16"},
     "head 128": {"head_size": 128, "gqa_ratio": 1},
     "shared prefix": {"placement": Placement("shared_prefix", "shared")},
 }

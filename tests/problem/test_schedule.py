@@ -94,13 +94,13 @@ def test_who_had_a_page_is_told() -> None:
     assert schedule.history(0, 20) == "page 0 is nobody's"
 
 
-def test_a_token_is_the_same_in_every_step_that_sees_it() -> None:
-    case = replace(CASE, num_q_heads=2, head_size=8, kv_dtype="fp8_e4m3")
+@pytest.mark.parametrize("descales_per", ["tensor", "head", "page", "token"])
+def test_a_token_is_the_same_in_every_step_that_sees_it(descales_per: str) -> None:
+    case = replace(CASE, num_q_heads=2, head_size=8, kv_dtype="fp8_e4m3", descales_per=descales_per)
     schedule = make_schedule(case)
     whole = build_problem(schedule.problem_case(case), "cpu")
     for step in schedule.steps:
         problem = step_problem(whole, schedule, step)
-        assert (problem.k_scale, problem.v_scale) == (whole.k_scale, whole.v_scale)
         assert problem.case.placement.pages == tuple(row.pages for row in step.rows)
         token = 0
         for seq, row in enumerate(step.rows):
@@ -108,6 +108,9 @@ def test_a_token_is_the_same_in_every_step_that_sees_it() -> None:
             own = slice(problem.key_start[seq], problem.key_start[seq + 1])
             assert torch.equal(problem.k[own], whole.k[first : first + end])
             assert torch.equal(problem.v[own], whole.v[first : first + end])
+            for which in ("k", "v"):
+                mine, theirs = (one.descale(which).expand(len(one.k), case.num_kv_heads, 1) for one in (problem, whole))
+                assert torch.equal(mine[own], theirs[first : first + end])
             queries = whole.q[first + row.context_len : first + end]
             assert torch.equal(problem.q[token : token + row.query_len], queries)
             token += row.query_len

@@ -112,10 +112,10 @@ def test_a_run_is_blind_before_the_launch_and_only_to_what_is_demanded() -> None
     assert ran(replace(case, data="normal"), "newest_token", "k_descale").outcome is Outcome.PASS
 
 
-@pytest.mark.parametrize("descales", ["per_tensor", "loud"])
+@pytest.mark.parametrize("descales_per", ["tensor", "page"])
 @pytest.mark.parametrize("plant", ["scale-one", "identity-table"])
-def test_set_ups_that_no_output_can_show_are_blind_whatever_is_demanded(plant: str, descales: str) -> None:
-    case = make(kv_dtype="fp8_e4m3", descales=descales)
+def test_set_ups_that_no_output_can_show_are_blind_whatever_is_demanded(plant: str, descales_per: str) -> None:
+    case = make(kv_dtype="fp8_e4m3", descales_per=descales_per)
     assert ran(case).outcome is Outcome.PASS
     assert ran(case, plant=find_plant(plant)).outcome is Outcome.BLIND
 
@@ -186,7 +186,7 @@ def test_nothing_to_audit_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_kernels_whose_contracts_are_code_are_audited_by_other_processes(capsys: pytest.CaptureFixture[str]) -> None:
     """The contract of this kernel holds a function of its own module, which another process cannot import by name."""
-    assert KERNELS["chunked_prefill_paged_decode"].takes is not None
+    assert KERNELS["chunked_prefill_paged_decode"].dispatch is not None
     assert main(["audit", str(LEGACY), "--workers", "2"]) == 1
     assert "1 case, 1 blind: 8 of 8 effects below what is wanted" in capsys.readouterr().out
 

@@ -47,7 +47,7 @@ def run(
     [
         {},
         {"kv_dtype": "auto", "dtype": "bf16", "strides": "all", "tail": "loud", "page_table": "kv_indices"},
-        {"layout": "vllm_classic", "descales": "loud", "data": "probe", "sliding_window": 11},
+        {"layout": "vllm_classic", "descales_per": "page", "data": "probe", "sliding_window": 11},
         {"layout": "vectorized", "page_size": 16, "data": "needle", "table_padding": "out_of_range"},
         {"num_pages": 15, "alibi": True, "sinks": True, "geometry_seed": 3},
     ],

@@ -60,11 +60,12 @@ def test_an_honest_kernel_is_not_elevated(seed: int) -> None:
 
 
 @pytest.mark.parametrize("data", ["normal", "outliers", "probe"])
-@pytest.mark.parametrize("descales", ["per_tensor", "loud"])
-def test_in_tree_kernels_are_not_elevated(data: str, descales: str) -> None:
+@pytest.mark.parametrize("descales_per", ["tensor", "page"])
+def test_in_tree_kernels_are_not_elevated(data: str, descales_per: str) -> None:
     from harness.kernel.registry import find_kernels
 
-    case = replace(CASE, kernel="torch_sdpa_paged", dtype="bf16", kv_dtype="fp8_e4m3", descales=descales, data=data)
+    case = replace(CASE, kernel="torch_sdpa_paged", dtype="bf16", kv_dtype="fp8_e4m3")
+    case = replace(case, descales_per=descales_per, data=data)
     verdict = run_case(case, find_kernels()["torch_sdpa_paged"], Options(device="cpu", noise_floor="fail"))
     assert verdict.outcome is Outcome.PASS
     assert verdict.explanation is None

@@ -39,20 +39,24 @@ def run(
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
 @pytest.mark.parametrize(
-    ("kv_dtype", "layout", "strides", "descales"),
+    ("kv_dtype", "layout", "strides", "descales_per"),
     [
-        ("auto", "linear_nhd", "cache", "per_tensor"),
-        ("auto", "vllm_classic", "all", "per_tensor"),
-        ("fp8_e4m3", "linear_nhd", "all", "per_tensor"),
-        ("fp8_e4m3", "vllm_classic", "compact", "loud"),
-        ("fp8_e5m2", "vllm_classic", "cache", "per_tensor"),
-        ("fp8_e5m2", "linear_nhd", "compact", "quiet"),
+        ("auto", "linear_nhd", "cache", "tensor"),
+        ("auto", "vllm_classic", "all", "tensor"),
+        ("fp8_e4m3", "linear_nhd", "all", "head"),
+        ("fp8_e4m3", "vllm_classic", "compact", "page"),
+        ("fp8_e5m2", "vllm_classic", "cache", "tensor"),
+        ("fp8_e5m2", "hnd", "compact", "token"),
+        ("fp8_e4m3fnuz", "vectorized", "cache", "tensor"),
+        ("fp8_e5m2fnuz", "linear_nhd", "compact", "head"),
+        ("int8", "vllm_classic", "all", "tensor"),
+        ("int8", "vectorized", "compact", "page"),
     ],
 )
 def test_the_writer_of_the_tree_is_right_to_the_byte(
-    kv_dtype: str, layout: str, strides: str, descales: str, dtype: str, device: str
+    kv_dtype: str, layout: str, strides: str, descales_per: str, dtype: str, device: str
 ) -> None:
-    axes = {"kv_dtype": kv_dtype, "layout": layout, "strides": strides, "descales": descales, "dtype": dtype}
+    axes = {"kv_dtype": kv_dtype, "layout": layout, "strides": strides, "descales_per": descales_per, "dtype": dtype}
     verdict = run(replace(CASE, **axes), device=device)  # type: ignore[arg-type]
     assert verdict.outcome is Outcome.PASS, verdict.reason
     assert verdict.ran == ("cache_writer_kernel", "unified_paged_kernel")

@@ -24,7 +24,7 @@ from harness.triage.bar_codes import MAX_STATEMENTS, decode_bar_codes
 CASE = Case("m", "k", Rows("r", (5, 1, 7), (40, 100, 20)), num_q_heads=4, gqa_ratio=2, head_size=64, data="bar_codes")
 VARIANTS: dict[str, dict[str, object]] = {
     "plain": {},
-    "bf16, e4m3, loud descales": {"dtype": "bf16", "kv_dtype": "fp8_e4m3", "descales": "loud"},
+    "bf16, e4m3, loud descales": {"dtype": "bf16", "kv_dtype": "fp8_e4m3", "descales_per": "page"},
     "fp16, e5m2": {"kv_dtype": "fp8_e5m2"},
     "window": {"sliding_window": 17},
     "sinks": {"sinks": True},

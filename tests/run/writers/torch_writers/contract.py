@@ -14,7 +14,7 @@ KERNELS = tuple(
         name=name,
         about="in plain torch",
         entry=f"writers.py:{name}",
-        descales=frozenset({"per_tensor", "one", "quiet", "loud"}),
+        descales_per=frozenset({"tensor", "page"}),
     )
     for name in ("torch_writer", *FAULTS)
 )
