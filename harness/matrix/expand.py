@@ -179,20 +179,21 @@ def _refusals(matrix: Matrix, tier: Tier, supported: Supported) -> str:
 def tier_values(matrix: Matrix, tier: Tier) -> Values:
     """The values of every axis in `tier`, in the order of AXES, axes that only have their default included.
 
-    Axes of boundary probes are left out where they are not given: they would only slow down a cover.
+    Axes of boundary probes are left out where there is none: they would only slow down a cover.
     """
     given = {**matrix.values, **(tier.shrink or {})}
     return {
         name: given.get(name, (axis.default,))
         for name, axis in AXES.items()
-        if name in given or not name.startswith("boundary")
+        if name in given or "boundary" in given or not name.startswith("boundary")
     }
 
 
 def entry_values(matrix: Matrix, tier: Tier, entry: Values) -> Values:
     """The values of an entry of `list` or `also`: what it says; else all kernels; else the axis's first value."""
     plain = {name: values if name == "kernel" else values[:1] for name, values in tier_values(matrix, tier).items()}
-    return {**plain, **entry}
+    probe = {name: (axis.default,) for name, axis in AXES.items() if name.startswith("boundary")}
+    return {**(probe if "boundary" in entry else {}), **plain, **entry}
 
 
 def constraints(name: str, rules: Iterable[Rule], values: Values) -> list[Constraint]:
