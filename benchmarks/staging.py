@@ -17,13 +17,12 @@ from harness.kernel.contract import Contract
 from harness.kernel.launch import launch
 from harness.kernel.registry import Launcher, find_kernels, load_entry
 from harness.oracle.gain_findings import Z_LIMIT
-from harness.oracle.gains import Gain, GainFindings
+from harness.oracle.gains import Gain
 from harness.oracle.hull import judge_hull
 from harness.oracle.judge import judge
-from harness.oracle.matched_filter import find_gains
 from harness.oracle.tolerance import Tolerance, rounding_of, tolerance
 from harness.problem.problem import Problem, build_problem
-from harness.run.judge_gains import page_filter
+from harness.run.judge_gains import all_gains
 from harness.run.reference import reference_inputs
 from harness.run.setup import Setup, build_arguments
 from references.attention import AttentionInputs, AttentionReference, attend
@@ -118,9 +117,7 @@ class Staged:
         ratios = {t.name: t.err_over_tol for t in findings.tensors}
         profile, dtype = self.kernel.contract.numerics, self.case.dtype
         out = outputs[0].tensor.double() * profile.out_scale  # [num_tokens, num_q_heads, head_size_v]
-        gains = GainFindings()
-        if not self.problem.structured:  # whose roundings are not independent, as tier 2 takes them to be
-            gains = find_gains(self.inputs, out, page_filter(self.kernel.contract, self.setup))
+        gains = all_gains(self.kernel.contract, self.setup, self.inputs)
         return Judged(
             out=ratios["out"],
             lse=ratios.get("lse"),

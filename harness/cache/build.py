@@ -15,6 +15,7 @@ import torch
 
 from harness.cache.content import Content, is_decode
 from harness.cache.descale_buffers import block_descale, tensor_scale, token_descale
+from harness.cache.descale_probe import reaching_descales
 from harness.cache.layouts import by_slot
 from harness.cache.page_pool import allocate_pages
 from harness.cache.page_table import PageTable, block_table, kv_indices
@@ -24,7 +25,7 @@ from harness.cache.pool import Pool, dense_pool
 from harness.cache.positions import key_positions, new_token_keys
 from harness.cache.probe import Decoy, Live, plant_decoys, reserve
 from harness.cache.quantise import bits_of, quantise
-from harness.cache.table_probe import Entries, reaching_table
+from harness.cache.table_probe import entries, reaching_table
 from harness.cache.window import dead_columns, dead_pages
 from harness.dtypes import element_type
 from harness.layout import cache_shape
@@ -57,16 +58,16 @@ class KVCache:
     kv_indptr: torch.Tensor | None = None  # [num_seqs + 1] int32, in pages (harness.cache.page_table)
     kv_page_indices: torch.Tensor | None = None  # [total pages, then padding] int32
     kv_last_page_len: torch.Tensor | None = None  # [num_seqs] int32
-    pools: Mapping[str, Pool] = field(
-        default_factory=dict
-    )  # of "k", "v" where they are aliased or a boundary probe says where they lie, as it may of "table"
+    # Pools of "k", "v" where they are aliased or a boundary probe says where they lie, as it may of "table" and, by the
+    # names of their arguments, of descales.
+    pools: Mapping[str, Pool] = field(default_factory=dict)
     dead_pages: frozenset[int] = frozenset()  # that left the window, and hold poison
     decoys: tuple[Decoy, ...] = ()  # what such a probe put where a wrong address would lead
 
     @property
     def pools_by_argument(self) -> dict[str, Pool]:
         names = {"k": "k_cache", "v": "v_cache", "table": "block_table"}
-        return {names[which]: pool for which, pool in self.pools.items()}
+        return {names.get(which, which): pool for which, pool in self.pools.items()}
 
     def pool(self, which: str) -> Pool:
         """The memory of K or V."""
@@ -105,9 +106,20 @@ def build_cache(
     pools = {name: pool for name, (_, pool, _) in made.items() if pool is not None}
     table = _page_table(problem, placed)
     if (reach := table_geometry(case)) and table.block_table is not None:
-        entries = Entries.of(tuple(cached_lens), case.page_size, device)
-        far, pools["table"] = reaching_table(table.block_table, reach, entries)
+        cells = entries(tuple(cached_lens), case.page_size, device)
+        far, pools["table"] = reaching_table(table.block_table, reach, cells)
         table = PageTable(far)
+    decoys = made["k"][2] + made["v"][2]
+    descales = {
+        "kv_block_descale": block_descale(problem, placed, dead),
+        "k_token_descale": token_descale(problem, "k", placed, live),
+        "v_token_descale": token_descale(problem, "v", placed, live),
+    }
+    if (at := cache_geometry(case)) and "descale" in at.page_strides:
+        for name, compact in descales.items():
+            if compact is not None:
+                far, pools[name], more = reaching_descales(problem, name, compact, at, placed.pages, live)
+                descales[name], decoys = far, decoys + more
     query_start = [0]
     for query_len in case.rows.query_lens:
         query_start.append(query_start[-1] + query_len)
@@ -127,15 +139,13 @@ def build_cache(
         value_payload=payloads["v"],
         new_k=_new_tokens(problem, problem.k, content) if content.takes_new_tokens else None,
         new_v=_new_tokens(problem, problem.v, content) if content.takes_new_tokens else None,
-        kv_block_descale=block_descale(problem, placed, dead),
-        k_token_descale=token_descale(problem, "k", placed, live),
-        v_token_descale=token_descale(problem, "v", placed, live),
+        **descales,
         kv_indptr=table.kv_indptr,
         kv_page_indices=table.kv_page_indices,
         kv_last_page_len=table.kv_last_page_len,
         pools=pools,
         dead_pages=dead,
-        decoys=made["k"][2] + made["v"][2],
+        decoys=decoys,
     )
 
 

@@ -1,19 +1,20 @@
 """Descale buffers: the tensors in which a kernel is handed the descales of the pages, heads or tokens of a cache.
 
 Invariant: whatever no live token is quantised with is NaN: descales of unused and dead pages, of slots without a token,
-gaps of strided views, and the descales per tensor where there is another kind. Strided views differ in their gaps and in
-the order of their strides, so that none follows from a shape.
+gaps of strided views, and the descales per tensor where there is another kind. Strided views differ in their gaps and
+in the order of their strides, so that none follows from a shape.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 
 import torch
 
 from harness.cache.placement import Placed
+from harness.cache.poison import poisoned
 from harness.cache.probe import Live
+from harness.dtypes import element_type
 from harness.problem.problem import Problem
 
 
@@ -37,7 +38,7 @@ def block_descale(problem: Problem, placed: Placed, dead: Collection[int]) -> to
     scales, gap = problem.descales, int(problem.case.strides != "compact")
     block = _nan(placed.num_pages, scales.shape[1] + gap, 2 + 3 * gap, device=scales.device)[:, : scales.shape[1], :2]
     block[[page for pages in placed.pages for page in pages]] = scales
-    block[sorted(dead)] = math.nan
+    block[sorted(dead)] = _nan(1, device=scales.device)
     return block
 
 
@@ -61,4 +62,4 @@ def token_descale(problem: Problem, which: str, placed: Placed, live: Live) -> t
 
 
 def _nan(*shape: int, device: torch.device) -> torch.Tensor:
-    return torch.full(shape, math.nan, dtype=torch.float32, device=device)
+    return poisoned(shape, element_type("fp32"), device)

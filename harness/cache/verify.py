@@ -17,10 +17,10 @@ import torch
 from harness.cache.address import Address, address
 from harness.cache.build import KVCache
 from harness.cache.content import Content, is_decode, phase
+from harness.cache.dead import Dead
 from harness.cache.diagnose import describe_slot, describe_value
 from harness.cache.page_table import page_ids, table_name
 from harness.cache.poison import is_poison, poison_bits, tail_bits
-from harness.cache.pool import Pool
 from harness.cache.probe import storage_bits
 from harness.cache.quantise import bits_of
 from harness.cache.table_probe import shared_is_poison
@@ -31,7 +31,6 @@ from harness.errors import SetupBug
 from harness.problem.problem import Problem
 
 _CHUNK = 1 << 22  # elements at a time
-_AT_ONCE = 1 << 21  # the same of memory that only has to be poison
 
 
 def verify_cache(problem: Problem, cache: KVCache, content: Content, window_pages: str = "live") -> None:
@@ -94,7 +93,7 @@ def _verify_pool(problem: Problem, cache: KVCache, content: Content, dead_pages:
     _, payload = _of(problem, cache, which)
     heads, dim = payload.shape[1:]
     where = address(tensor, case.layout, which, heads, dim)
-    flat, dead = storage_bits(tensor), _Dead.of(cache.pool(which), tensor)
+    flat, dead = storage_bits(tensor), Dead.of(cache.pool(which), tensor)
     poison = poison_bits(element_type(case.stored_dtype))
     tail = tail_bits(element_type(case.stored_dtype), case.tail)
     for part in _slots_in_use(problem, cache, content, dead_pages, max(1, _CHUNK // (heads * dim))):
@@ -115,58 +114,6 @@ def _verify_pool(problem: Problem, cache: KVCache, content: Content, dead_pages:
         _raise_stray(cache, which, tensor, where, flat, offset, dead_pages)
     if any(bool((part != poison & 0xFF).any()) for part in cache.pool(which).shared):
         raise SetupBug(f"{which}_cache", "poison in the memory that all unused addresses share", "something else")
-
-
-@dataclass(frozen=True)
-class _Dead:
-    """Elements with memory of their own that are not yet accounted for: stretches of at most _AT_ONCE, in order, by the
-    storage offset of the first and their number; a stretch gets a mask [elements] once some of it is.
-    """
-
-    stretches: tuple[tuple[int, int], ...]
-    firsts: torch.Tensor  # int64 [stretches]
-    masks: dict[int, torch.Tensor]  # bool, by number of the stretch
-
-    @classmethod
-    def of(cls, pool: Pool, tensor: torch.Tensor) -> _Dead:
-        size, found = tensor.element_size(), []
-        for first, end in pool.own:
-            low, high = (pool.base + first) // size, (pool.base + first) // size + (end - first) // size
-            found += [(start, min(_AT_ONCE, high - start)) for start in range(low, high, _AT_ONCE)]
-        return cls(tuple(found), torch.tensor([first for first, _ in found], device=tensor.device), {})
-
-    def take(self, offsets: torch.Tensor) -> None:
-        """Account for the elements at `offsets`, int64 of any shape."""
-        flat = offsets.flatten()
-        stretch = torch.bucketize(flat, self.firsts, right=True) - 1  # [elements]
-        for number in stretch.bincount().nonzero()[:, 0].tolist():
-            first, count = self.stretches[number]
-            if number not in self.masks:
-                self.masks[number] = torch.ones(count, dtype=torch.bool, device=flat.device)
-            self.masks[number][flat[stretch == number] - first] = False
-
-    def stray(self, flat: torch.Tensor, poison: int) -> int | None:
-        """The first element left that is not `poison`, in `flat` [elements of the storage]."""
-        for number, (first, count) in enumerate(self.stretches):
-            here = flat[first : first + count]
-            if number not in self.masks and _all_are(poison, here):
-                continue
-            stray = here != poison
-            if number in self.masks:
-                stray &= self.masks[number]
-            if bool(stray.any()):
-                return first + int(stray.nonzero()[0])
-        return None
-
-
-def _all_are(poison: int, bits: torch.Tensor) -> bool:
-    """Whether `bits` [elements] of integers, at an address that 8 divides, are all `poison`, whose bytes are all alike:
-    eight bytes at a time.
-    """
-    whole = bits.numel() * bits.element_size() // 8 * 8 // bits.element_size()
-    word = int.from_bytes(bytes([poison & 0xFF]) * 8, "little", signed=True)
-    words = bits[:whole].view(torch.int64)
-    return not bool((words != word).any()) and not bool((bits[whole:] != poison).any())
 
 
 @dataclass(frozen=True)

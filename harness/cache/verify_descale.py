@@ -15,7 +15,12 @@ import torch
 
 from harness.cache.build import KVCache
 from harness.cache.content import Content
+from harness.cache.dead import Dead
 from harness.cache.page_table import page_ids
+from harness.cache.pool import dense_pool
+from harness.cache.probe import storage_bits
+from harness.cache.table_probe import shared_is_poison
+from harness.dtypes import element_type
 from harness.errors import SetupBug
 from harness.problem.problem import Problem
 
@@ -48,32 +53,40 @@ def verify_descales(problem: Problem, cache: KVCache, content: Content, dead_pag
             words = {True: "a tensor", False: "None"}
             raise SetupBug(name, words[given], words[not given])
         if tensor is not None:
-            _verify(name, tensor, _parts(problem, cache, content, dead_pages, name, tensor))
+            _verify(name, tensor, _parts(problem, cache, content, dead_pages, name, tensor), cache)
 
 
-def _verify(name: str, tensor: torch.Tensor, parts: Iterator[_Part]) -> None:
-    flat = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
-    untouched = torch.ones(len(flat), dtype=torch.bool, device=flat.device)
+def _verify(name: str, tensor: torch.Tensor, parts: Iterator[_Part], cache: KVCache) -> None:
+    pool = cache.pools.get(name) or dense_pool(tensor)
+    bits, dead = storage_bits(tensor), Dead.of(pool, tensor)
+    flat = bits.view(torch.float32)
     for part in parts:
-        untouched[part.offsets] = False
+        dead.take(part.offsets)
         got = flat[part.offsets]
         wrong = ((got != part.want) & ~(got.isnan() & part.want.isnan())).nonzero()
         if len(wrong):
             index = wrong[0].tolist()
             raise SetupBug(
                 name,
-                f"{float(part.want[tuple(index)]):g}{part.whose(index)}",
+                f"{_number(float(part.want[tuple(index)]))}{part.whose(index)}",
                 _describe(float(got[tuple(index)]), name, tensor),
-                "the descale that the payload was quantised with",
+                "a finite descale hides that it is read"
+                if math.isnan(float(part.want[tuple(index)]))
+                else "the descale that the payload was quantised with",
             )
-    stray = (~flat.isnan() & untouched).nonzero()
-    if len(stray):
-        page = (int(stray[0]) - int(tensor.storage_offset())) // tensor.stride(0)
+    for decoy in (d for d in cache.decoys if d.which == name):
+        dead.take(decoy.offsets)
+        if bool((bits[decoy.offsets] != decoy.bits).any()):
+            raise SetupBug(name, "the descales that tell a wrong address", "others")
+    if not shared_is_poison(pool):
+        raise SetupBug(name, "poison in the memory that all unused addresses share", "something else")
+    if (stray := dead.stray(bits, element_type("fp32").poison)) is not None:
+        page = (stray - int(tensor.storage_offset())) // tensor.stride(0)
         where = f"page {page}" if tensor.dim() == 3 else f"a gap behind kv head {page}"
         raise SetupBug(
             name,
             f"NaN in {where} where no sequence has a descale",
-            f"{float(flat[stray[0]]):g}",
+            f"{float(flat[stray]):g}",
             "a finite descale hides that it is read",
         )
 
@@ -150,13 +163,15 @@ def _of_token(seq: int, page: torch.Tensor, slot: torch.Tensor) -> Callable[[lis
     return words
 
 
+def _number(value: float) -> str:
+    return "NaN" if math.isnan(value) else f"{value:g}"
+
+
 def _describe(found: float, name: str, tensor: torch.Tensor) -> str:
     """The value, and whose it is: float32 draws hardly ever coincide."""
-    if math.isnan(found):
-        return "NaN"
     owners = (tensor == found).nonzero()
     if not len(owners):
-        return f"{found:g}"
+        return _number(found)
     at = owners[-1].tolist()
     if name == "kv_block_descale":
         return f"{found:g}, like {'KV'[at[2]]} of kv head {at[1]} in page {at[0]}"

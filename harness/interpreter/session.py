@@ -5,7 +5,7 @@ Invariant: every access is checked here before it happens; a `MemoryFault` leave
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -41,8 +41,8 @@ class Session:
 
     buffers: tensors by name; None: the tensors each launch is given. outputs: names among them that may be stored to;
     None: all. room: elements behind the end of a buffer that may be loaded too. trace: filled with what programs load;
-    None: nothing is kept. A launch tensor of an allocation that no buffer shares is a workspace: writable, for that
-    launch.
+    None: nothing is kept. workspaces: writable buffers by name, asked for as each launch begins. A launch tensor of an
+    allocation that no buffer shares is a workspace as well: writable, for that launch.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class Session:
         program_order_seed: int,
         room: Mapping[str, int],
         trace: Trace | None,
+        workspaces: Callable[[], Mapping[str, torch.Tensor]] | None,
     ) -> None:
         given = buffers or {}
         unknown = set(outputs or ()) - given.keys()
@@ -62,7 +63,8 @@ class Session:
         self.cross_launch_overwrites = 0  # elements stored that an earlier launch had stored
         self.program_order_seed = program_order_seed
         self._given = [Buffer.of(n, t, outputs is None or n in outputs, room.get(n, 0)) for n, t in given.items()]
-        self._with_gaps = [buffer for buffer in self._given if buffer.writable and buffer.has_gaps]
+        self._workspaces = workspaces
+        self._with_gaps: list[Buffer] = []  # of the running launch, writable
         self._trace = trace
         self._watched: dict[int, list[str]] = {}  # readable region -> watched buffers in it
         self._fed: list[_WritableLoad] = []  # of the running launch
@@ -78,9 +80,12 @@ class Session:
 
     def begin_launch(self, kernel: str, grid: Program, tensors: Mapping[str, torch.Tensor]) -> Launch:
         """Record a launch and register its workspaces; the caller runs `Launch.programs()` in order."""
-        allocations = {b.storage for b in self._given}
+        scratch = {} if self._workspaces is None else self._workspaces()
+        named = self._given + [Buffer.of(name, t, True) for name, t in scratch.items()]
+        allocations = {b.storage for b in named}
         arguments = [Buffer.of(name, t, True) for name, t in tensors.items()]
-        self._buffers = self._given + [b for b in arguments if b.storage not in allocations]
+        self._buffers = named + [b for b in arguments if b.storage not in allocations]
+        self._with_gaps = [buffer for buffer in named if buffer.writable and buffer.has_gaps]
         self._readable = Regions(self._buffers)
         self._writable = Regions(b for b in self._buffers if b.writable)
         self._launch_serial = self._serial + 1

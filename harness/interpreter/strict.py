@@ -7,7 +7,7 @@ is never touched.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -30,11 +30,13 @@ def strict_interpreter(
     program_order_seed: int = 0,
     room: Mapping[str, int] | None = None,
     trace: Trace | None = None,
+    workspaces: Callable[[], Mapping[str, torch.Tensor]] | None = None,
 ) -> Iterator[Session]:
     """Run Triton kernels strictly: `with strict_interpreter({"q": q, "out": out}, outputs={"out"}) as session: ...`.
 
     buffers: CPU tensors that kernels may touch, by name; None: the tensors of each launch. outputs: names of those that
     may be stored to; None: all. Tensors of a launch whose allocation no buffer shares are the launch's workspaces.
+    workspaces: more buffers that may be stored to, asked for as each launch begins.
     program_order_seed: orders the programs of every launch. room: elements behind the end of a buffer that may be
     loaded too. trace: filled with what programs load of the buffers that it watches.
 
@@ -52,7 +54,7 @@ def strict_interpreter(
 
     check_version(triton.__version__)
     assert imported_interpreted()
-    session = Session(buffers, outputs, program_order_seed, room or {}, trace)
+    session = Session(buffers, outputs, program_order_seed, room or {}, trace, workspaces)
 
     from harness.interpreter.patches import install
 

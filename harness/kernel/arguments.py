@@ -1,6 +1,6 @@
 """LaunchArguments: everything a kernel adapter is handed, under the field's standard names.
 
-Invariant: an adapter reads these and writes only `out`, `lse` and buffers of its own.
+Invariant: an adapter reads these and writes only `out`, `lse`, what `workspace` gives it and buffers of its own.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+
+    from harness.kernel.workspace import Allocator
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,20 @@ class LaunchArguments:
     q_descale: torch.Tensor | None = None  # [1] float32; None where q is stored in `dtype`
     output_scale: torch.Tensor | None = None  # [1] float32: out = value / output_scale; None where out has `dtype`
     dtype: torch.dtype | None = None  # of what is not stored in 8 bits; None: that of q
+    allocator: Allocator | None = None  # of `workspace`; None: memory that nobody looks at afterwards
 
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype that payloads are values of: that of q, unless q is stored in 8 bits."""
         return self.q.dtype if self.dtype is None else self.dtype
+
+    def workspace(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Scratch memory for this launch: `dtype` [*shape] of 0xFF bytes, NaN in every float type, on the device of q.
+
+        The last dimension has stride 1, the others any: rows may lie far apart.
+        """
+        if self.allocator is not None:
+            return self.allocator(name, shape, dtype)
+        from harness.kernel.workspace import plain_workspace  # needs torch, which collecting does without
+
+        return plain_workspace(shape, dtype, self.q.device)

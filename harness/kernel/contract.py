@@ -32,6 +32,7 @@ FEATURES: dict[str, str] = {
     "prefill": "rows with query_len > 1",
     "strided_cache": "non-contiguous views of the cache",
     "strided_inputs": "non-contiguous q, k, v and out",
+    "strided_workspace": "scratch memory from `args.workspace`, by the strides it has",
     "queries_before_keys": "rows that see no key (negative context_len)",
 }
 
@@ -152,9 +153,10 @@ def required_features(case: Case) -> frozenset[str]:
         "head_size_v": case.value_size != case.head_size,
         "prefill": any(q > 1 for q in case.rows.query_lens),
         "strided_cache": case.strides != "compact"
-        or (case.boundary is not None and case.boundary_target in ("k", "v")),
+        or (case.boundary is not None and case.boundary_target in ("k", "v", "descale")),
         "strided_inputs": case.strides == "all"
         or (case.boundary is not None and case.boundary_target in ("out", "table")),
+        "strided_workspace": case.boundary is not None and case.boundary_target == "workspace",
         "queries_before_keys": any(c < 0 for c in case.rows.context_lens),
     }
     return frozenset(name for name, needed in wanted.items() if needed)

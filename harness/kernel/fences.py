@@ -97,6 +97,6 @@ def _by_storage(tensors: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Ten
 
 def _fenced_output(output: GuardedOutput) -> GuardedOutput:
     """An output whose red zones are all that is mapped around it."""
-    integer, bits = POISON[output.tensor.element_size()]
-    found = fenced({output.name: output.tensor}, fill=(integer, bits))
-    return GuardedOutput(output.name, found.views[output.name], found.memory.view(integer))
+    integer = POISON[output.tensor.element_size()][0]
+    found = fenced({output.name: output.tensor}, fill=(integer, output.poison))
+    return GuardedOutput(output.name, found.views[output.name], found.memory.view(integer), output.poison)

@@ -7,6 +7,7 @@ computes, or reads from a poisoned cache and passes on, does not count as never 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,15 +25,14 @@ _CHUNK = 1 << 18  # words of a checksum at a time: temporaries stay in the cache
 
 @dataclass(frozen=True)
 class GuardedOutput:
-    """`tensor` is handed to the kernel; `allocation` [elements] holds it and all around it as integers."""
+    """`tensor` is handed to the kernel; `allocation` [elements] holds it and all around it as integers, `poison` at
+    first.
+    """
 
     name: str
     tensor: torch.Tensor
     allocation: torch.Tensor
-
-    @property
-    def _poison(self) -> int:
-        return _poison(self.tensor.dtype)
+    poison: int
 
     def _here(self, allocation: torch.Tensor) -> torch.Tensor:
         """The elements of the output in an image of its allocation."""
@@ -46,8 +46,8 @@ class GuardedOutput:
     def overrun(self) -> str | None:
         """Where an element outside the output was written, or None."""
         outside = self.allocation.clone()
-        self._here(outside).fill_(self._poison)
-        touched = outside != self._poison
+        self._here(outside).fill_(self.poison)
+        touched = outside != self.poison
         if not bool(touched.any()):
             return None
         first = int(touched.nonzero()[0, 0]) - self.tensor.storage_offset()
@@ -56,19 +56,24 @@ class GuardedOutput:
 
     def unwritten(self) -> torch.Tensor:
         """bool, of the output's shape: elements that still hold the poison they were handed out with."""
-        return self._here(self.allocation) == self._poison
+        return self._here(self.allocation) == self.poison
 
 
 def guarded_output(
-    name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, strided: bool
+    name: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    strided: bool,
+    poison: Mapping[int, tuple[torch.dtype, int]] = POISON,
 ) -> GuardedOutput:
     """A poisoned output of `shape` inside red zones; `strided` adds gaps between heads and between tokens."""
-    integer, poison = POISON[dtype.itemsize][0], _poison(dtype)
+    integer, bits = poison[dtype.itemsize][0], _poison(dtype) if poison is POISON else poison[dtype.itemsize][1]
     strides = _strides(shape, strided)
     extent = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if all(shape) else 0
-    allocation = torch.full((extent + 2 * MARGIN,), poison, dtype=integer, device=device)
+    allocation = torch.full((extent + 2 * MARGIN,), bits, dtype=integer, device=device)
     tensor = allocation.view(dtype).as_strided(shape, strides, MARGIN)
-    return GuardedOutput(name, tensor, allocation)
+    return GuardedOutput(name, tensor, allocation, bits)
 
 
 def _poison(dtype: torch.dtype) -> int:

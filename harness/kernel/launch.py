@@ -25,6 +25,7 @@ from harness.kernel.failures import is_refused_launch, kernel_error, memory_shor
 from harness.kernel.guarded import GuardedOutput, checksum, fingerprint
 from harness.kernel.registry import AnyContract, Launcher, WriterLauncher
 from harness.kernel.torch_state import kept_torch_state
+from harness.kernel.workspace import Workspaces
 from harness.kernel.writer import WriterArguments, WriterContract
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def launch(
         for name, tensor in inputs.items()
         if _fingerprint(tensor, pools.get(name)) != before[name]
     ]
-    violations += [overrun for output in outputs if (overrun := output.overrun())]
+    violations += [overrun for output in (*outputs, *handed_out(args)) if (overrun := output.overrun())]
     unobservable = not ran and not contract.launches
     return LaunchResult((contract.name,) if unobservable else ran, tuple(violations), trace)
 
@@ -107,6 +108,13 @@ def input_tensors(args: LaunchArguments | WriterArguments) -> dict[str, torch.Te
     outputs = _STORED if isinstance(args, WriterArguments) else _OUTPUTS
     names = [field.name for field in fields(args) if field.name not in outputs]
     return {name: given for name in names if isinstance(given := getattr(args, name), torch.Tensor)}
+
+
+def handed_out(args: LaunchArguments | WriterArguments) -> tuple[GuardedOutput, ...]:
+    """The workspaces that the kernel took from `args` so far; a writer gets none."""
+    if isinstance(args, WriterArguments):
+        return ()
+    return tuple(args.allocator.handed.values()) if isinstance(args.allocator, Workspaces) else ()
 
 
 def _fingerprint(tensor: torch.Tensor, pool: Pool | None) -> tuple[int, ...]:
@@ -136,12 +144,19 @@ def _interpreted(
 ) -> tuple[tuple[str, ...], list[str]]:
     from harness.interpreter.strict import strict_interpreter  # needs numpy, which comes with triton
 
-    written = {output.name: output.tensor for output in outputs}
-    for output in outputs:
-        if (around := output.surroundings) is not None:
-            written[f"surroundings of {output.name}"] = around
+    def reachable(written: tuple[GuardedOutput, ...]) -> dict[str, torch.Tensor]:
+        found = {output.name: output.tensor for output in written}
+        around = ((output.name, output.surroundings) for output in written)
+        return found | {f"surroundings of {name}": tensor for name, tensor in around if tensor is not None}
+
+    written = reachable(outputs)
     interpreter = strict_interpreter(
-        {**inputs, **written}, outputs=set(written), program_order_seed=seed, room=room, trace=trace
+        {**inputs, **written},
+        outputs=set(written),
+        program_order_seed=seed,
+        room=room,
+        trace=trace,
+        workspaces=lambda: reachable(handed_out(args)),
     )
     cut = False
     with interpreter as session:

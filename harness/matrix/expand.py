@@ -41,7 +41,7 @@ LAYOUT_AXES = frozenset({"layout", "page_size", "head_size", "dtype", "kv_dtype"
 PLACEMENT_AXES = ROWS_AXES | {"placement", "num_pages", "steps"}
 BOUNDARY_AXES = ROWS_AXES | {
     "boundary", "boundary_target", "boundary_position", "placement", "num_pages", "strides", "dtype", "kv_dtype",
-    "out_dtype", "num_q_heads", "gqa_ratio", "head_size", "head_size_v", "page_table",
+    "descales_per", "out_dtype", "num_q_heads", "gqa_ratio", "head_size", "head_size_v", "page_table",
 }  # fmt: skip
 SERVING_AXES = ROWS_AXES | {
     "writer", "steps", "boundary", "boundary_target", "causal", "placement", "data", "num_pages", "pool",

@@ -34,6 +34,7 @@ FAULTS: Mapping[str, str] = {
     "k_descale": "the K descale of one page off by 2 %",
     "v_descale": "the V descale of one page off by 2 %",
     "scale_dropped": "a descale not applied",
+    "stale_descale": "keys beside a page transition scaled by the descale of the page on the other side",
     "softmax_scale": "the softmax scale off by 2 %",
     "gqa_mapping": "queries matched with the wrong KV head",
     "sink": "the attention sink dropped or counted twice",

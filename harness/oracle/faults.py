@@ -17,8 +17,10 @@ import torch
 from harness.cache.content import Content
 from harness.case import Case
 from harness.oracle.scene import PLACES, Outcome, Rows, Scene, per_head, seen_at
+from harness.oracle.stale import NEIGHBOUR, STEPS, Stale
 
 GAIN = 1.02  # of the faults that scale: about what the descales of two neighbouring pages differ by
+STALE_TILE = 64  # keys per tile that has the descale of a neighbouring page
 SPLIT_TILES = (16, 64)  # keys per tile of a split: kernels give whole tiles to a split
 
 Change = Callable[[Scene], Rows | Outcome | None]
@@ -139,6 +141,24 @@ def _v_scale_dropped(scene: Scene) -> Rows | None:
     return replace(scene.rows, v=v)
 
 
+def _stale_descale(tensors: str, step: int) -> Change:
+    """A tile beside each page transition is scaled as the page on the other side."""
+
+    def change(scene: Scene) -> Rows | None:
+        if scene.cached_len <= scene.case.page_size:
+            return None
+        size = scene.case.page_size
+        own = torch.cat((scene.k_descale, scene.v_descale), dim=2)[: scene.cached_len]  # [cached_len, num_kv_heads, 2]
+        used = Stale(tensors, NEIGHBOUR, step, min(STALE_TILE, size)).used(own[::size], size, len(own))
+        gains = (used.double() / own.double())[:, scene.kv_heads]  # [cached_len, heads, 2]
+        dots, v = scene.rows.dots.clone(), scene.rows.v.clone()
+        dots[..., : len(own)] *= gains[..., 0].T[:, None]
+        v[:, : len(own)] *= gains[..., 1].T[..., None]
+        return replace(scene.rows, dots=dots, v=v)
+
+    return change
+
+
 def _softmax_scale(scene: Scene) -> Rows:
     return replace(scene.rows, dots=scene.rows.dots * GAIN)
 
@@ -222,6 +242,12 @@ def _no_descale(case: Case, content: Content) -> str | None:
     return "no token is in the cache" if _cached_tokens(case, content) == 0 else None
 
 
+def _no_transition(case: Case, content: Content) -> str | None:
+    if case.placement.kind == "explicit" and all(len({*pages}) < 2 for pages in case.placement.pages):
+        return "no sequence changes its page"
+    return _one_page(case, content) if case.descales_per == "page" else "descales are not by page"
+
+
 def _no_window(case: Case, content: Content) -> str | None:
     if case.sliding_window is None:
         return "no window"
@@ -247,6 +273,11 @@ def _one_split(case: Case, content: Content) -> str | None:
     if case.num_splits in (None, 1):
         return "the path without split-KV" if case.num_splits is None else "one split"
     return "one split has all keys" if max(case.rows.seq_lens) <= max(SPLIT_TILES) else None
+
+
+def stale_label(tensors: str, step: int) -> str:
+    """The variant of stale_descale in which tiles have the descale of the page `step` away."""
+    return f"of {tensors}, one tile {'early' if step > 0 else 'late'}"
 
 
 def _at_places(change: Callable[[Callable[[range], int]], Change]) -> dict[str, Change]:
@@ -283,6 +314,13 @@ FAULT_MODELS: Mapping[str, Fault] = {
         Fault("k_descale", _no_descale, _at_places(_k_descale), _FEWER_PAGES, graded=True),
         Fault("v_descale", _no_descale, _at_places(_v_descale), _FEWER_PAGES, graded=True),
         Fault("scale_dropped", _no_descale, {"of K": _k_scale_dropped, "of V": _v_scale_dropped}, "descales: loud"),
+        Fault(
+            "stale_descale",
+            _no_transition,
+            {stale_label(tensors, step): _stale_descale(tensors, step) for tensors in ("K", "V") for step in STEPS},
+            "descales: loud, or more query heads",
+            graded=True,
+        ),
         Fault("softmax_scale", _never, {"": _softmax_scale}, "scores that differ: data: probe", graded=True),
         Fault("gqa_mapping", _one_mapping, {"": _gqa_mapping}, "values that differ by head: data: normal"),
         Fault(

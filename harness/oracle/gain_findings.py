@@ -12,11 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from harness.oracle.gains import K_DESCALE, SPLIT_AVERAGE, V_DESCALE, Gain, GainFindings
+from harness.oracle.gains import K_DESCALE, MAX_GAINS, SPLIT_AVERAGE, V_DESCALE, Gain, GainFindings
 
 Z_LIMIT = 7.0
 FALSE_ALARM = math.erfc(Z_LIMIT / math.sqrt(2))  # probability per statistic, 2.6e-12
-MAX_GAINS = 16  # listed
 
 Pages = Sequence[Sequence[int]]  # physical pages of each sequence
 
@@ -71,7 +70,7 @@ def findings(parts: Sequence[Statistics], pages_of: Pages) -> GainFindings:
     sequences, table = page_table(parts, pages_of)
     product, energy, variance, bias, explained = table  # [num_seqs + 1, num_kv_heads, 2, width]
     width, attended = table.shape[-1], energy > 0
-    z = _z(product, energy, variance, bias)
+    z = z_scores(product, energy, variance, bias)
     rank = z.abs().amax((2, 3), keepdim=True)  # of each sequence and KV head: first where, then what
     above = (z.abs() > Z_LIMIT).nonzero().tolist()
     above.sort(key=lambda at: (-float(rank[at[0], at[1]]), -float(explained[tuple(at)])))
@@ -116,7 +115,7 @@ def _others(parts: Sequence[Statistics]) -> tuple[list[Gain], int]:
     count = sum(part.num_rows for part in parts)
     for sequence, sums in merged.items():
         product, energy, variance, bias, _ = sums
-        z, there = _z(product, energy, variance, bias), energy > 0
+        z, there = z_scores(product, energy, variance, bias), energy > 0
         count += int(there.sum())
         for head, way in there.nonzero().tolist():
             estimate = float(product[head, way] / energy[head, way])
@@ -124,7 +123,7 @@ def _others(parts: Sequence[Statistics]) -> tuple[list[Gain], int]:
     return gains, count
 
 
-def _z(product: torch.Tensor, energy: torch.Tensor, variance: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def z_scores(product: torch.Tensor, energy: torch.Tensor, variance: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """Standard deviations beyond the bias, 0 where there is nothing to look at; same shape."""
     size = (product.abs() - bias).clamp(min=0) / variance.clamp(min=1e-300).sqrt()
     return torch.where(energy > 0, size * product.sign(), 0.0)

@@ -27,7 +27,7 @@ from harness.dtypes import element_type
 from harness.kernel.numerics import NumericsProfile
 from harness.oracle.gain_findings import Statistics, findings, least_detectable, page_table
 from harness.oracle.gains import ROW_GAIN, Gain, GainFindings
-from harness.oracle.row_noise import row_noise, rows_alike
+from harness.oracle.row_noise import Moments, row_noise, rows_alike
 from harness.oracle.sampling import Part, batches
 from harness.oracle.splits import MOST_SIZES, averaged, split_sizes
 from references.attention import AttentionInputs
@@ -46,6 +46,7 @@ class PageFilter:
     pages: tuple[tuple[int, ...], ...]  # physical pages of each sequence
     cached_lens: tuple[int, ...]  # keys below these lie in pages
     num_splits: int = 1
+    block_descale: torch.Tensor | None = None  # [num_pages, num_kv_heads, 2] of K then V, where they are per page
 
     def applies(self) -> bool:
         """Whether the cast of P can be modelled as independent errors: truncated P is biased."""
@@ -150,19 +151,18 @@ def _statistics(
     pages = page_signatures(rows, filters.page_size, cached)  # [num_seqs, num_kv_heads, R * group, T, dv]
     cuts = split_signatures(rows, inputs, filters)  # [num_seqs, num_kv_heads, R * group, ways, dv]
     x = torch.cat((pages, cuts, noise.out[..., None, :]), dim=3) * noise.used[..., None, None]
-    moments = noise.moments(x)
-    energy, variance, bias, along = (y.double() for y in vars(moments).values())  # [num_seqs, kv heads, R * group, all]
-    product = torch.zeros_like(energy)
+    moments = noise.moments(x)  # each [num_seqs, kv heads, R * group, all]
+    product = torch.zeros_like(moments.energy)
     if out is not None:
-        product = (x @ row_errors(rows, out, filters).float()[..., None])[..., 0].double()
-    certain = bias + along.abs() * noise.second_order
-    row = _worst_row(product[..., -1], energy[..., -1], variance[..., -1], certain[..., -1], noise.alike)
-    weight = (energy / (variance + bias.square())).masked_fill_(energy <= MIN_ENERGY, 0.0)
-    sums = [(weight * y).sum(2) for y in (product, energy, weight * variance, bias)]
-    sums[3] += (weight * along).sum(2).abs() * noise.second_order
-    sums.append(product.sum(2).square() / energy.sum(2).clamp(min=MIN_ENERGY))
-    stacked = torch.cat((torch.stack(sums).flatten(), row)).cpu()
-    table = stacked[: -len(row)].view(len(sums), *energy.shape[:2], energy.shape[3])
+        product = (x @ row_errors(rows, out, filters).float()[..., None])[..., 0]
+    certain = moments.bias + moments.along_out.abs() * noise.second_order
+    row = _worst_row(
+        product[..., -1], moments.energy[..., -1], moments.variance[..., -1], certain[..., -1], noise.alike
+    )
+    explained = product.double().sum(2).square() / moments.energy.double().sum(2).clamp(min=MIN_ENERGY)
+    sums = torch.cat((weighted_sums(product, moments, noise.second_order), explained[None]))
+    stacked = torch.cat((sums.flatten(), row)).cpu()
+    table = stacked[: -len(row)].view(sums.shape)
     by_page, by_cut, _ = torch.split(table, [pages.shape[3], cuts.shape[3], 1], dim=3)
     found = stacked[-len(row) :].tolist()
     return Statistics(
@@ -170,8 +170,20 @@ def _statistics(
         pages=by_page.reshape(*by_page.shape[:3], 2, -1),
         splits=by_cut,
         num_rows=int(found[-1]),
-        worst_row=_named_row(inputs, batch, energy.shape, found),
+        worst_row=_named_row(inputs, batch, moments.energy.shape, found),
     )
+
+
+def weighted_sums(product: torch.Tensor, moments: Moments, second_order: float) -> torch.Tensor:
+    """N, D, variance and bias summed over rows, each row weighted by what it tells: float64 [4, ..., signatures].
+
+    `product` <E, X> and the moments of X: [..., rows, signatures].
+    """
+    energy, variance, bias, along = (y.double() for y in vars(moments).values())
+    weight = (energy / (variance + bias.square())).masked_fill_(energy <= MIN_ENERGY, 0.0)
+    sums = [(weight * y).sum(-2) for y in (product.double(), energy, weight * variance, bias)]
+    sums[3] += (weight * along).sum(-2).abs() * second_order
+    return torch.stack(sums)
 
 
 def split_signatures(rows: Rows, inputs: AttentionInputs, filters: PageFilter) -> torch.Tensor:

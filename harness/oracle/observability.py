@@ -58,12 +58,19 @@ class Blindness:
 
 
 def observe(
-    batch: Batch, content: Content, allowed: Allowed, faults: Sequence[str], *, with_lse: bool
+    batch: Batch,
+    content: Content,
+    allowed: Allowed,
+    faults: Sequence[str],
+    *,
+    with_lse: bool,
+    by_filters: Mapping[tuple[str, str], float] | None = None,
 ) -> tuple[Effect, ...]:
     """The effect of each of `faults` (names of harness.matrix.matrix.FAULTS) on `batch`, in their order.
 
-    `with_lse`: whether the kernel returns an LSE, which sees some faults best. Memory: that of one scene at a time,
-    a few temporaries of MAX_ELEMENTS.
+    `with_lse`: whether the kernel returns an LSE, which sees some faults best. `by_filters`: effects of (fault,
+    variant) in units of what a matched filter would flag, which count where they are larger.
+    Memory: that of one scene at a time, a few temporaries of MAX_ELEMENTS.
     """
     excuses = {name: FAULT_MODELS[name].excuse(batch.case, content) for name in faults}
     sizes: dict[tuple[str, str], torch.Tensor] = {}
@@ -75,6 +82,7 @@ def observe(
                     size = view.effect(changed)
                     sizes[name, label] = torch.maximum(sizes.get((name, label), size), size)
     numbers = dict(zip(sizes, torch.stack(list(sizes.values())).tolist(), strict=True)) if sizes else {}
+    numbers |= {at: max(numbers[at], size) for at, size in (by_filters or {}).items() if at in numbers}
     return tuple(_weakest(name, excuses[name], numbers) for name in faults)
 
 

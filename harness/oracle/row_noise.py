@@ -7,7 +7,8 @@ enters neither. Rows whose errors are not generic (one key has all the mass, or 
              + sum_c h_c^2 / 3 X_c^2        output: h_c the half ulp of o_c, subnormals included
              + sum_j (b p_j)^2 (y_j - x)^2  logits: b from the float32 dot product and logits rounded, x = o . X
              + accumulation, row sum and 16-bit split partials, rounded to nearest
-               all times the number of rows with (nearly) the same output, which round alike
+               all times the number of rows with (nearly) the same output, which round alike; 16-bit partials times
+               that of all rows, as those of a split in which one key has the mass are its values in every row
     bias       b' sqrt(sum_j p_j (y_j - x)^2)   exp, scale and truncating products q . k, by Cauchy-Schwarz
              + sum_F A_j |y_j|                  keys that may be flushed to zero, by Cauchy-Schwarz over keys or dims
              + c (n / k) 2^-24 sum_c |o_c X_c|  truncating accumulators
@@ -37,6 +38,7 @@ from references.rows import Rows
 
 GRAM_ELEMENTS = 1 << 26  # of the largest temporary on the way to a Gram matrix
 MOST_WEIGHTS = 4  # weight sets of a row
+MAX_PARTIALS_ALIKE = 256  # rows that may have the same partial of a split, at least: as many as any part is of
 FLUSHES_MUCH = 2.0**-20  # half a subnormal of P, relative to the largest P, above which lost keys need a close bound
 BIAS_SLACK = {torch.bfloat16: 1 + 2.0**-6, torch.float32: 1 + 2.0**-18}  # for biases summed from products of a type
 SNAP = 8  # in roundoffs: closer than this to 1, P = 1 - p snaps to 1 and an output to the value that is stored
@@ -208,7 +210,7 @@ def row_noise(rows: Rows, profile: NumericsProfile, q_dtype: str, alike: torch.T
     per_dim += ((2 * truncation) ** 2 + rounding)[..., None] * (spread + out * out)
     if profile.split_partial_dtype != "fp32":
         partial = element_type(profile.split_partial_dtype).unit_roundoff * (p @ rows.v.abs())
-        per_dim += partial.square_().div_(3)
+        per_dim += partial.square_().mul_(max(p.shape[2], MAX_PARTIALS_ALIKE) / 3)
     single = torch.float32
     coarse = max(p_type.unit_roundoff, out_type.unit_roundoff)
     mean = rows.v.mean(2, keepdim=True)  # padded keys count as zeros: any centre is as right

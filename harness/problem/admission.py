@@ -7,6 +7,7 @@ drawn data show (a needle beyond the range of float16, two keys stored alike).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 
 from harness.case import Case
 from harness.dtypes import element_type
@@ -163,11 +164,16 @@ def pages_needed(case: Case) -> tuple[int, ...]:
     return tuple(-(-max(seq_len, 0) // case.page_size) for seq_len in case.rows.seq_lens)
 
 
-def first_holders(case: Case) -> tuple[tuple[int, ...], ...]:
-    """By sequence and logical page, the first logical page of the sequence on the same physical one: mostly itself."""
-    if not case.placement.repeats:
-        return tuple(tuple(range(count)) for count in pages_needed(case))
-    return tuple(tuple(map(pages.index, pages)) for pages in case.placement.pages)
+def tied(case: Case, starts: Sequence[int], per_page: int) -> Iterator[tuple[slice, slice]]:
+    """(what is the same again, what it is the same as) wherever a sequence has a page another time, of something that
+    comes `per_page` to a page and begins at starts[seq] for each sequence; num_seqs + 1 starts.
+    """
+    for seq, pages in enumerate(case.placement.pages if case.placement.repeats else ()):
+        for column, page in enumerate(pages):
+            to, origin = (starts[seq] + number * per_page for number in (column, pages.index(page)))
+            count = min(per_page, starts[seq + 1] - to)
+            if to != origin:
+                yield slice(to, to + count), slice(origin, origin + count)
 
 
 def _explicit_refusal(case: Case) -> str | None:

@@ -17,24 +17,28 @@ distance of tokens or rows that of pages.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from harness.case import Case
 from harness.dtypes import element_type
 
 BOUNDARIES = ("bytes31", "bytes32", "elements31", "elements32", "page15", "page16", "page23", "page24", "carry")
-TARGETS = ("kv", "k", "v", "out", "table")
+TARGETS = ("kv", "k", "v", "descale", "out", "table", "workspace")
+_IN_ROWS = ("out", "table", "workspace")  # targets whose rows lie at the boundary, not pages
 POSITIONS = ("straddling", "below", "above", "far")
 _SUSPECT = 13  # number of the page at the boundary, where the page stride is free to put it there
 _OTHERS = (5, 6, 7, 8, 9, 10)  # page ids of the pages that are no suspects: off page 0 to 3, where wrapped offsets lie
 _SPARE = 3
 _INDEX_SIZE = 4  # bytes of an entry of the page table
+_DESCALE_SIZE = 4  # bytes of a descale
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where pages lie. `page_strides` (elements, by "k" and "v") holds the tensors whose addresses reach the boundary;
-    `low_bits` (by the same names) are the low 32 bits that the address of the pool must have.
+    """Where pages lie. `page_strides` (elements, by "k", "v" and "descale") holds the tensors whose addresses reach the
+    boundary; `low_bits` (by the same names) are the low 32 bits that the address of the pool must have.
     """
 
     suspects: tuple[int, int]
@@ -56,7 +60,7 @@ def boundary_refusal(case: Case) -> str | None:
     if case.num_pages is not None:
         return f"boundary {case.boundary}: it says itself how large the pool is: leave num_pages at none"
     name, target = f"boundary {case.boundary}", case.boundary_target
-    if target in ("out", "table"):
+    if target in _IN_ROWS:
         return _rows_refusal(case)
     count = sum(_pages_of(case, seq) for seq in range(case.rows.num_seqs))
     if not 2 <= count <= 2 + len(_OTHERS):
@@ -65,7 +69,9 @@ def boundary_refusal(case: Case) -> str | None:
         return f"{name}: K and V have the same page ids: the target is kv, not {target}"
     if case.num_q_heads % case.gqa_ratio:
         return f"{name}: gqa_ratio {case.gqa_ratio} does not divide {case.num_q_heads} query heads"
-    if case.value_size != case.head_size:
+    if target == "descale" and (case.kv_dtype == "auto" or case.descales_per not in ("page", "token")):
+        return f"{name}: only descales per page or token have pages: not those per {case.descales_per}"
+    if target != "descale" and case.value_size != case.head_size:
         return f"{name}: K and V must have pages of the same size"
     if case.strides != "compact" or case.placement.kind != "shuffled":
         return f"{name}: it says where pages lie: leave strides and placement at their default"
@@ -74,14 +80,16 @@ def boundary_refusal(case: Case) -> str | None:
     first, last = _at(case)
     if case.boundary_position == "straddling" and first > last:
         return f"{name}: no page straddles it, as whole pages of {_page(case)} elements end there"
+    if case.boundary_position == "straddling" and target == "descale" and case.num_kv_heads < 2:
+        return f"{name}: of the descales of K and V of one KV head it can only cut off those of V"
     if min(at.suspects) <= max(_OTHERS):
         return f"{name}: pages of {_page(case)} elements are too large to lie {case.boundary_position} it"
     return None
 
 
 def cache_geometry(case: Case) -> Geometry | None:
-    """Where the pages of a probe of K or V lie; None where `case` is no such."""
-    if case.boundary is None or case.boundary_target in ("out", "table"):
+    """Where the pages of a probe of K, V or descales lie; None where `case` is no such."""
+    if case.boundary is None or case.boundary_target in _IN_ROWS:
         return None
     reaching = ("k", "v") if case.boundary_target == "kv" else (case.boundary_target,)
     stride, (first, last) = _stride(case), _at(case)
@@ -91,7 +99,7 @@ def cache_geometry(case: Case) -> Geometry | None:
         "above": (last + 1, last + 2),
         "far": (first * 9 // 4, first * 9 // 4 + 1),
     }[case.boundary_position]
-    carry = (1 << 32) - _limit(case) * element_type(case.stored_dtype).size if case.boundary == "carry" else 0
+    carry = (1 << 32) - _limit(case) * _size(case) if case.boundary == "carry" else 0
     strides = dict.fromkeys(reaching, stride)
     return Geometry(suspects, max(suspects) + 1 + _SPARE, strides, dict.fromkeys(reaching, carry))
 
@@ -118,6 +126,15 @@ def table_geometry(case: Case) -> RowGeometry | None:
     return _rows(case, case.rows.num_seqs - 1, _pages_of(case, -1), _INDEX_SIZE)
 
 
+def workspace_geometry(case: Case) -> Callable[[int, int, int], RowGeometry] | None:
+    """Where the rows of a workspace lie whose last is number `last`, of `row` elements of `size` bytes; None where its
+    addresses reach no boundary.
+    """
+    if case.boundary is None or case.boundary_target != "workspace":
+        return None
+    return functools.partial(_rows, case)
+
+
 def _rows(case: Case, last: int, row: int, size: int) -> RowGeometry:
     """Row number `last`, `row` elements of `size` bytes long, at the boundary."""
     step = 16 // size if row * size >= 64 else 1
@@ -137,7 +154,8 @@ def _rows(case: Case, last: int, row: int, size: int) -> RowGeometry:
 def _rows_refusal(case: Case) -> str | None:
     """The same as boundary_refusal, for the output and the page table."""
     name = f"boundary {case.boundary} of {case.boundary_target}"
-    count = case.rows.num_tokens if case.boundary_target == "out" else case.rows.num_seqs
+    counts = {"out": case.rows.num_tokens, "table": case.rows.num_seqs}
+    count = counts.get(case.boundary_target, 2)  # a workspace: as many as the kernel takes
     if (case.boundary or "").startswith("page"):
         return f"{name}: only K and V have page ids"
     if case.boundary_target == "table" and case.page_table != "block_table":
@@ -147,7 +165,7 @@ def _rows_refusal(case: Case) -> str | None:
     if count < 2 or case.strides != "compact":
         return f"{name}: it needs two rows, and says itself how far apart they lie"
     if case.boundary == "carry" and (case.boundary_target == "table" or case.boundary_position != "straddling"):
-        return f"{name}: a carry lies in the last token of the output: the position is straddling"
+        return f"{name}: a carry lies in the last row of output or workspace: the position is straddling"
     if at := table_geometry(case):
         row, limit = _pages_of(case, -1), 1 << int((case.boundary or "")[-2:])
         limit //= _INDEX_SIZE if (case.boundary or "").startswith("bytes") else 1
@@ -161,34 +179,47 @@ def _pages_of(case: Case, seq: int) -> int:
     return -(-max(case.rows.seq_lens[seq], 0) // case.page_size)
 
 
+def _size(case: Case) -> int:
+    """Bytes of an element of what reaches the boundary."""
+    return _DESCALE_SIZE if case.boundary_target == "descale" else element_type(case.stored_dtype).size
+
+
 def _page(case: Case) -> int:
-    """Elements of a page of K, which is as large as one of V."""
-    return case.page_size * case.num_kv_heads * case.head_size
+    """Elements of a page of K, which is as large as one of V; or of its descales."""
+    if case.boundary_target != "descale":
+        return case.page_size * case.num_kv_heads * case.head_size
+    return case.num_kv_heads * (case.page_size if case.descales_per == "token" else 2)
+
+
+def _step(case: Case) -> int:
+    """Elements that addresses of rows are multiples of: 16 bytes, where a page is no smaller than a few of them."""
+    return 16 // _size(case) if _page(case) * _size(case) >= 64 else 1
 
 
 def _limit(case: Case) -> int:
     """The boundary, in elements from the start of the pool; in pages for boundaries of page ids."""
-    name, size = case.boundary or "", element_type(case.stored_dtype).size
+    name = case.boundary or ""
     if name == "carry":
         return _SUSPECT * _page(case) + _middle(case)
     exponent = int(name[-2:])
-    return 1 << exponent if not name.startswith("bytes") else (1 << exponent) // size
+    return 1 << exponent if not name.startswith("bytes") else (1 << exponent) // _size(case)
 
 
 def _middle(case: Case) -> int:
     """Half a page, cut to 16 bytes."""
-    step = 16 // element_type(case.stored_dtype).size
-    return _page(case) // 2 // step * step
+    return _page(case) // 2 // _step(case) * _step(case)
 
 
 def _stride(case: Case) -> int:
     """Elements from page to page of what reaches the boundary: whole pages where both do or the pool is small; else so
-    many that the boundary cuts page _SUSPECT near its middle.
+    many that the boundary cuts page _SUSPECT, or the next that it can, near its middle.
     """
     if case.boundary_target == "kv" or case.boundary == "carry":
         return _page(case)
-    step = 16 // element_type(case.stored_dtype).size
-    return (_limit(case) - _middle(case)) // _SUSPECT // step * step
+    limit, step = _limit(case), _step(case)
+    strides = {number: (limit - _middle(case)) // number // step * step for number in range(_SUSPECT, 4 * _SUSPECT)}
+    cut = (stride for number, stride in strides.items() if number * stride < limit < number * stride + _page(case))
+    return next(cut, strides[_SUSPECT])
 
 
 def _at(case: Case) -> tuple[int, int]:
@@ -197,4 +228,6 @@ def _at(case: Case) -> tuple[int, int]:
     if (case.boundary or "").startswith("page"):
         return limit, limit
     page, inside = divmod(limit, _stride(case))
-    return (page, page - 1) if inside == 0 else (page, page)
+    if inside == 0:
+        return page, page - 1
+    return (page, page) if inside < _page(case) else (page + 1, page)

@@ -14,7 +14,7 @@ import torch
 from harness.case import Case
 from harness.dtypes import element_type
 from harness.problem import random
-from harness.problem.admission import first_holders, pages_needed, shared_prefix_len
+from harness.problem.admission import pages_needed, shared_prefix_len, tied
 from harness.problem.spans import key_start
 
 _BETWEEN = {"k": (0.02, 0.15), "v": (0.25, 0.9), "q": (0.02, 0.15)}  # apart from each other and from 1: payloads of
@@ -127,10 +127,8 @@ def _owners(case: Case) -> torch.Tensor:
         first = [sum(needed[:seq]) for seq in range(len(needed) + 1)]
     holders = [seq for seq, context_len in enumerate(case.rows.context_lens) if context_len > 0]
     owner = torch.arange(first[-1])
-    if case.placement.repeats:
-        for start, end, pages in zip(first, first[1:], first_holders(case), strict=False):
-            group = torch.arange(end - start)
-            owner[start:end] = start + torch.tensor(pages)[group // per_page] * per_page + group % per_page
     for seq in holders[1:]:
         owner[first[seq] : first[seq] + shared] = owner[first[holders[0]] : first[holders[0]] + shared]
+    for again, origin in tied(case, first, per_page):
+        owner[again] = owner[origin]
     return owner

@@ -18,11 +18,11 @@ from harness.problem.admission import (
     NEEDLES,
     STRUCTURED,
     descales_refusal,
-    first_holders,
     law_refusal,
     layout_refusal,
     placement_refusal,
     shared_prefix_len,
+    tied,
 )
 from harness.problem.descales import cache_descales, group_of_key, output_scale, tensor_descale
 from harness.problem.laws import draw_keys, draw_queries, draw_sinks, draw_values
@@ -123,10 +123,6 @@ def _tie(case: Case, tensor: torch.Tensor) -> torch.Tensor:
     if length:
         for start in with_context[1:]:
             tensor[start : start + length] = tensor[with_context[0] : with_context[0] + length]
-    if case.placement.repeats:
-        for start, end, firsts in zip(starts, starts[1:], first_holders(case), strict=False):
-            for page, first in enumerate(firsts):
-                to, origin = start + page * case.page_size, start + first * case.page_size
-                count = min(case.page_size, end - to)
-                tensor[to : to + count] = tensor[origin : origin + count]
+    for again, origin in tied(case, starts, case.page_size):
+        tensor[again] = tensor[origin]
     return tensor

@@ -7,7 +7,7 @@ fault reads; a sentence is said only where the whole output is, within its toler
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,41 +15,61 @@ import torch
 from harness.cache.address import address
 from harness.cache.address_faults import FAULTS, AddressFault, Addressing, tell_move
 from harness.cache.build import live_tokens
+from harness.cache.descale_probe import BUFFERS, DescaleCells
+from harness.cache.descale_probe import addressing as descale_addressing
 from harness.cache.positions import key_positions
 from harness.cache.probe import Live, Reach, storage_bits
 from harness.cache.quantise import bits_of
-from harness.cache.table_probe import Entries, addressing
+from harness.cache.row_probe import Cells
+from harness.cache.table_probe import addressing, entries
 from harness.kernel.contract import Contract
+from harness.kernel.launch import handed_out
 from harness.kernel.reaching import ReachingOutput
 from harness.oracle.judge import judge
 from harness.oracle.observability import MARGIN
 from harness.oracle.tolerance import Tolerance, tolerance
 from harness.problem.boundary import cache_geometry, table_geometry
+from harness.problem.problem import Problem
 from harness.run.reference import build_reference
 from harness.run.setup import Setup
 from references.attention import AttentionReference
 
 # By `boundary_target`: what a misread may be of. Stores are told by harness.kernel.reaching.
-_TARGETS = {"kv": ("K", "V"), "k": ("K",), "v": ("V",), "table": ("the page table",), "out": ()}
+_DESCALES = ("K descales", "V descales")
+_TARGETS = {
+    "kv": ("K", "V"),
+    "k": ("K",),
+    "v": ("V",),
+    "descale": _DESCALES,
+    "table": ("the page table",),
+    "out": (),
+    "workspace": (),
+}
+_PAIRS = (("K", "V"), _DESCALES)  # of which one fault may spoil both
 
 
 @dataclass(frozen=True)
 class Misread:
-    """K, V or the page table as read through one fault: what comes of it, and the first wrong address."""
+    """K, V, descales or the page table as read through one fault: what comes of it, and the first wrong address."""
 
-    target: str  # K | V | the page table
+    target: str  # K | V | K descales | V descales | the page table
     fault: AddressFault
     found: Mapping[str, torch.Tensor]  # by "k", "v": the payload read for each key, stored dtype [num_keys, heads, dim]
     item: str  # what lies at `right`
     right: int  # element of the pool
     read: int  # the element that is read instead
+    descales: Mapping[int, torch.Tensor] = field(default_factory=dict)  # by kind: float32 [groups, num_kv_heads]
 
 
 def memory_of(setup: Setup) -> dict[str, Any]:
-    """What K, V, and tables and outputs far apart take: the kind of pool, bytes of addresses and bytes of memory."""
+    """What K, V, and tables, outputs and workspaces far apart take: the kind of pool, bytes of addresses and of memory.
+
+    Workspaces are those that the kernel has taken so far.
+    """
     pools = [setup.cache.pool(which) for which in ("k", "v")]
-    pools += [pool for name, pool in setup.cache.pools.items() if name == "table"]
-    pools += [output.pool for output in setup.outputs if isinstance(output, ReachingOutput)]
+    pools += [pool for name, pool in setup.cache.pools.items() if name not in ("k", "v")]
+    written = (*setup.outputs, *handed_out(setup.args))
+    pools += [output.pool for output in written if isinstance(output, ReachingOutput)]
     aliased = any(pool.kind == "aliased" for pool in pools)
     return {
         "pool": "aliased" if aliased else "dense",
@@ -78,6 +98,21 @@ def unseen_addresses(setup: Setup, contract: Contract, reference: AttentionRefer
     return None
 
 
+def unreached(setup: Setup) -> str | None:
+    """Why workspaces could not show one of the wrong addresses the case is for; None where they could, or need not.
+
+    Asked after the launch: a kernel may take none, or store nothing where addresses would go wrong.
+    """
+    case = setup.problem.case
+    if case.boundary is None or case.boundary_target != "workspace" or case.boundary_position == "below":
+        return None
+    taken = [made for made in handed_out(setup.args) if isinstance(made, ReachingOutput)]
+    for fault in (fault for fault in FAULTS if case.boundary in fault.for_boundaries):
+        if not any(made.shows(fault) for made in taken):
+            return f"cannot see a wrong address of a workspace: nothing was stored where {fault.words}"
+    return None
+
+
 def tell_addresses(setup: Setup, contract: Contract, out: torch.Tensor) -> list[str]:
     """Which wrong addresses explain `out` [num_tokens, num_q_heads, head_size_v]; [] where none does.
 
@@ -85,7 +120,7 @@ def tell_addresses(setup: Setup, contract: Contract, out: torch.Tensor) -> list[
     """
     misreads = list(_misreads(setup))
     alone = [(misread,) for misread in misreads]
-    both = [(k, v) for k in misreads for v in misreads if (k.target, v.target) == ("K", "V") and k.fault == v.fault]
+    both = [(k, v) for k in misreads for v in misreads if (k.target, v.target) in _PAIRS and k.fault == v.fault]
     for tried in (alone, both):
         places: dict[tuple[str, int, int], list[AddressFault]] = {}
         for m in (m for group in tried if _explains(setup, contract, out, group) for m in group):
@@ -103,12 +138,16 @@ def _explains(setup: Setup, contract: Contract, out: torch.Tensor, misreads: Seq
 
 def _outcome(setup: Setup, contract: Contract, misreads: Sequence[Misread]) -> AttentionReference:
     """The reference over what `misreads` find."""
+    problem, descales = setup.problem, setup.problem.descales.clone()
+    for misread in misreads:
+        for kind, read_instead in misread.descales.items():
+            descales[..., kind] = read_instead
     found = {which: payload for misread in misreads for which, payload in misread.found.items()}
     cache = setup.cache
     read = replace(
         cache, key_payload=found.get("k", cache.key_payload), value_payload=found.get("v", cache.value_payload)
     )
-    return build_reference(setup.problem, read, contract)
+    return build_reference(replace(problem, descales=descales), read, contract)
 
 
 def _misreads(setup: Setup) -> Iterator[Misread]:
@@ -118,13 +157,16 @@ def _misreads(setup: Setup) -> Iterator[Misread]:
         return
     live = live_tokens(problem, cache.pages, cache.cached_lens, cache.dead_pages)
     if at := cache_geometry(problem.case):
-        for which in at.page_strides:
-            for fault in FAULTS:
-                yield from _of_cache(setup, which, at.low_bits[which], live, fault)
-    if reach := table_geometry(problem.case):
-        entries = Entries.of(cache.cached_lens, problem.case.page_size, problem.q.device)
         for fault in FAULTS:
-            yield from _of_table(setup, addressing(reach), entries, live, fault)
+            for which in at.page_strides.keys() & {"k", "v"}:
+                yield from _of_cache(setup, which, at.low_bits[which], live, fault)
+            for name, tensor in _far_descales(setup).items():
+                descales = DescaleCells.of(problem, name, cache.pages, live)
+                yield from _of_descales(problem, tensor, descale_addressing(at), descales, fault)
+    if reach := table_geometry(problem.case):
+        cells = entries(cache.cached_lens, problem.case.page_size, problem.q.device)
+        for fault in FAULTS:
+            yield from _of_table(setup, addressing(reach), cells, live, fault)
 
 
 def _of_cache(setup: Setup, which: str, low_bits: int, live: Live, fault: AddressFault) -> Iterator[Misread]:
@@ -148,16 +190,45 @@ def _of_cache(setup: Setup, which: str, low_bits: int, live: Live, fault: Addres
     )
 
 
-def _of_table(setup: Setup, at: Addressing, entries: Entries, live: Live, fault: AddressFault) -> Iterator[Misread]:
+def _far_descales(setup: Setup) -> dict[str, torch.Tensor]:
+    """The descales whose pages lie far apart, by the name of their argument."""
+    return {name: getattr(setup.cache, name) for name in BUFFERS if name in setup.cache.pools}
+
+
+def _of_descales(
+    problem: Problem, tensor: torch.Tensor, at: Addressing, cells: DescaleCells, fault: AddressFault
+) -> Iterator[Misread]:
+    shape = (len(cells.group), -1, len(cells.kinds))  # [n, heads, kinds]
+    right, moved = cells.cells.right(at).view(shape), cells.cells.moved(at, fault).view(shape)
+    found = cells.read(tensor, at, fault)
+    for place, kind in enumerate(cells.kinds):
+        wrong = (right != moved)[..., place].nonzero()
+        if not len(wrong):
+            continue
+        group, head = wrong[0].tolist()
+        descales = problem.descales[..., kind].clone()  # [groups, heads]
+        descales[cells.group] = found[..., place]
+        yield Misread(
+            target=_DESCALES[kind],
+            fault=fault,
+            found={},
+            item=f"{'KV'[kind]} descale of page {int(cells.page[group]):,}",
+            right=int(right[group, head, place]),
+            read=int(moved[group, head, place]),
+            descales={kind: descales},
+        )
+
+
+def _of_table(setup: Setup, at: Addressing, cells: Cells, live: Live, fault: AddressFault) -> Iterator[Misread]:
     cache, layout, table = setup.cache, setup.problem.case.layout, setup.cache.block_table
     assert table is not None  # the only form that such a probe has
-    right, moved = entries.right(at), entries.moved(at, fault)  # [n, 1]
+    right, moved = cells.right(at), cells.moved(at, fault)  # [n, 1]
     wrong = (right != moved).nonzero()[:, 0]
     ids = storage_bits(table)[moved + table.storage_offset()][:, 0].to(torch.int64)
     if not len(wrong) or not bool(((ids >= 0) & (ids < cache.num_pages)).all()):
         return
     entry_of = torch.zeros_like(table, dtype=torch.int64)  # [num_seqs, width] number of the entry
-    entry_of[entries.seq[:, 0], entries.column[:, 0]] = torch.arange(len(ids), device=ids.device)
+    entry_of[cells.row[:, 0], cells.inner[:, 0]] = torch.arange(len(ids), device=ids.device)
     keys = key_positions(setup.problem.case.rows, ids.device)
     page = ids[entry_of[keys.seq[live.key], keys.pos[live.key] // cache.page_size]]
     found = {}
@@ -169,7 +240,7 @@ def _of_table(setup: Setup, at: Addressing, entries: Entries, live: Live, fault:
         target="the page table",
         fault=fault,
         found=found,
-        item=f"row {int(entries.seq[first])} of the page table",
+        item=f"row {int(cells.row[first])} of the page table",
         right=int(right[first]),
         read=int(moved[first]),
     )

@@ -16,6 +16,7 @@ import torch
 from harness.cache.pool import Pool
 from harness.cache.seen_slots import WriteFinding
 from harness.cache.written import judge_memory
+from harness.dtypes import element_type
 from harness.errors import KernelRaised
 from harness.kernel.buffer_map import write_buffer_map
 from harness.kernel.guarded import GuardedOutput
@@ -59,13 +60,14 @@ def through_writer(setup: Setup, *, program_order_seed: int, buffer_map: Path | 
     caches = {"k_cache": writing.memory.k, "v_cache": writing.memory.v}
     if buffer_map is not None:
         write_buffer_map(buffer_map, {**input_tensors(writing.args), **caches}, writing.fenced)
+    poison = element_type(setup.problem.case.stored_dtype).poison
     try:
         result = launch(
             writing.contract,
             setup.problem.case,
             load_entry(writing.contract),
             writing.args,
-            tuple(CacheOutput(name, cache, cache, pools.get(name)) for name, cache in caches.items()),
+            tuple(CacheOutput(name, cache, cache, poison, pools.get(name)) for name, cache in caches.items()),
             program_order_seed=program_order_seed,
         )
     except KernelRaised as error:

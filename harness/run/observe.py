@@ -16,7 +16,7 @@ from harness.case import Case
 from harness.errors import LawError
 from harness.kernel.contract import Contract
 from harness.matrix.matrix import FAULTS
-from harness.oracle.faults import FAULT_MODELS
+from harness.oracle.faults import FAULT_MODELS, stale_label
 from harness.oracle.observability import (
     MARGIN,
     Allowed,
@@ -27,8 +27,10 @@ from harness.oracle.observability import (
     sampled_tolerance,
 )
 from harness.oracle.scene import Batch
+from harness.oracle.transitions import stale_sizes
 from harness.problem.admission import law_refusal
 from harness.problem.problem import build_problem
+from harness.run.judge_gains import page_filter
 from harness.run.reference import reference_inputs
 from harness.run.setup import Setup, build_arguments
 from harness.triage.explain import explain_blind
@@ -88,7 +90,11 @@ def observe_setup(
         sampled = sampled_tolerance(contract.numerics, structured=problem.structured)
         allowed = sampled if demand.legacy is None else fixed_tolerance(*demand.legacy)
     with_lse = contract.returns_lse and demand.legacy is None
-    effects = observe(batch, contract.content, allowed, demand.must_see, with_lse=with_lse)
+    filtered = {}
+    if "stale_descale" in demand.must_see and not problem.structured and demand.legacy is None:
+        sizes = stale_sizes(inputs, page_filter(contract, setup))
+        filtered = {("stale_descale", stale_label(*at)): size for at, size in sizes.items()}
+    effects = observe(batch, contract.content, allowed, demand.must_see, with_lse=with_lse, by_filters=filtered)
     unseen = demand.unseen(effects)
     return Observation(problem.case, effects, unseen, _facts(setup, batch, allowed, unseen) if unseen else ())
 

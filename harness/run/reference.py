@@ -6,7 +6,7 @@ Invariant: decided by the case and the contract; what a set-up fault changed doe
 from __future__ import annotations
 
 from harness.cache.build import KVCache, demanded_lens
-from harness.cache.effective import effective_kv, value_weights
+from harness.cache.effective import Descales, effective_kv, value_weights
 from harness.dtypes import element_type
 from harness.kernel.contract import Contract
 from harness.oracle.emulate import emulate
@@ -25,10 +25,15 @@ def attend_as(inputs: AttentionInputs, problem: Problem, contract: Contract) -> 
     return attend(inputs, rounding_of(contract.numerics, problem.case.dtype))
 
 
-def reference_inputs(problem: Problem, cache: KVCache, contract: Contract) -> AttentionInputs:
-    """What a right kernel sees: dequantised stored bytes and raw new tokens, rounded as the contract declares."""
+def reference_inputs(
+    problem: Problem, cache: KVCache, contract: Contract, descales: Descales | None = None
+) -> AttentionInputs:
+    """What a right kernel sees: dequantised stored bytes and raw new tokens, rounded as the contract declares.
+
+    With `descales`: what a kernel sees that is right but for using these.
+    """
     case, numerics = problem.case, contract.numerics
-    k, v = effective_kv(problem, cache, contract.content)
+    k, v = effective_kv(problem, cache, contract.content, descales)
     q = problem.q.to(element_type(case.dtype).torch)  # exact: each of these types holds every 8-bit float
     seen = emulate(q, k, v, numerics, case.dtype, problem.softmax_scale, problem.q_descale)
     apart = seen.q_cached is not None or rounding_of(numerics, case.dtype).cached is not None
@@ -46,5 +51,5 @@ def reference_inputs(problem: Problem, cache: KVCache, contract: Contract) -> At
         sinks=problem.sinks,
         q_cached=seen.q_cached,
         cached_lens=demanded_lens(problem, contract.content) if apart else None,
-        weight_scale=value_weights(problem, contract.content) if numerics.p_fold_v else None,
+        weight_scale=value_weights(problem, contract.content, descales) if numerics.p_fold_v else None,
     )

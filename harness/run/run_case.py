@@ -38,7 +38,7 @@ from harness.oracle.observability import blind_to, known_tolerance
 from harness.oracle.tolerance import Tolerance, tolerance
 from harness.problem.admission import AUTO, NEEDLES
 from harness.problem.problem import build_problem
-from harness.run.addresses import memory_of, tell_addresses, unseen_addresses
+from harness.run.addresses import memory_of, tell_addresses, unreached, unseen_addresses
 from harness.run.agreement import with_agreement
 from harness.run.device import Stopwatch, context_error, release_memory
 from harness.run.judge_access import judge_launch, untraceable
@@ -50,6 +50,7 @@ from harness.run.plant import NO_PLANT, Plant
 from harness.run.reference import attend_as, reference_inputs
 from harness.run.serving import make_engine, serve
 from harness.run.setup import Setup, build_arguments, check_setup
+from harness.run.stale import explain_stale
 from harness.run.twice import with_second_launch
 from harness.run.twin import with_noise_floor
 from harness.triage.bar_codes import decode_bar_codes
@@ -148,10 +149,10 @@ def _judged(case: Case, contract: Contract, options: Options, watch: Stopwatch) 
 
 
 def _seeing(contract: Contract, setup: Setup, options: Options, watch: Stopwatch) -> Verdict:
-    memory = memory_of(setup)
     if blind := _blindness(setup):
-        return Verdict(Outcome.BLIND, blind, memory=memory)
-    return replace(_launched(contract, setup, options, watch), memory=memory)
+        return Verdict(Outcome.BLIND, blind, memory=memory_of(setup))
+    verdict = _launched(contract, setup, options, watch)
+    return replace(verdict, memory=memory_of(setup))
 
 
 def _blindness(setup: Setup) -> str | None:
@@ -213,6 +214,8 @@ def _launched(contract: Contract, setup: Setup, options: Options, watch: Stopwat
             astray = fallbacks(case, contract, options.must_run, result.ran)
             result = replace(result, violations=(*astray, *result.violations))
             verdict = _verdict(contract, setup, inputs, reference, allowed, result, access)
+        if options.contract_checks and verdict.outcome is Outcome.PASS and (unseen := unreached(setup)):
+            return replace(verdict, outcome=Outcome.BLIND, reason=unseen)
         if options.twice and verdict.outcome is Outcome.PASS:
             with watch.phase("again"):
                 seed = case.geometry_seed + 1
@@ -276,6 +279,9 @@ def _verdict(
     if addresses := tell_addresses(setup, contract, out.tensor):
         explanation = with_row(explanation, "address", *addresses)
         reason = f"{addresses[0]}; {reason}"
+    if exchanged := explain_stale(setup, contract, inputs, findings):
+        explanation = with_row(explanation, "looks like", *exchanged)
+        reason = f"{exchanged[0]}; {reason}"
     return replace(verdict, outcome=Outcome.FAIL, reason=reason, explanation=explanation)
 
 

@@ -20,7 +20,8 @@ from harness.kernel.contract import Contract
 from harness.kernel.fences import NO_FENCES, Fences, fence_launch
 from harness.kernel.guarded import GuardedOutput, guarded_output, same_bits, strided_copy
 from harness.kernel.reaching import reaching_output
-from harness.problem.boundary import output_geometry
+from harness.kernel.workspace import Workspaces
+from harness.problem.boundary import output_geometry, workspace_geometry
 from harness.problem.problem import Problem
 from harness.run.plant import NO_PLANT, Plant
 from harness.run.writing import Writing, build_writing, check_writing
@@ -100,6 +101,7 @@ def build_arguments(problem: Problem, contract: Contract, plant: Plant = NO_PLAN
         q_descale=_scalar(problem, problem.q_descale, case.q_dtype),
         output_scale=_scalar(problem, problem.output_scale, case.out_dtype),
         dtype=element_type(case.dtype).torch,
+        allocator=Workspaces(problem.q.device, workspace_geometry(case)),
     )
     writer = contract.writer_of(case)
     writing = None if writer is None else build_writing(problem, contract, writer, cache, plant, fences)

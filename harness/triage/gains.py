@@ -63,6 +63,8 @@ def gain_summary(case: Case, found: GainFindings) -> str:
 
 
 def _line(case: Case, gain: Gain) -> str:
+    if gain.kind in (gains.K_STALE, gains.V_STALE):
+        return f"{_stale(gain)}, {_where(case, gain)}: {gain.estimate * 100:.0f} % of that (z {gain.z:.0f})"
     size = f"x{1 + gain.estimate:.4f}" if gain.kind in (gains.K_DESCALE, gains.V_DESCALE) else _percent(gain.estimate)
     return f"{_what(gain)}, {_where(case, gain)}: {size} (z {gain.z:.0f})"
 
@@ -80,6 +82,13 @@ def _what(gain: Gain) -> str:
     if gain.split is not None:
         return f"{gain.kind} {gain.split}"
     return gain.kind if gain.other_head is None else f"kv head {gain.other_head} read"
+
+
+def _stale(gain: Gain) -> str:
+    edge, neighbour = ("last", "next") if (gain.step or 0) > 0 else ("first", "previous")
+    on = "each page" if gain.slot is None else _page(gain)
+    whose = f"the {neighbour} page" if gain.other_page is None else f"page {gain.other_page}"
+    return f"{gain.kind.split()[1]} of the {edge} {gain.num_keys} keys of {on} as scaled by {whose}"
 
 
 def _page(gain: Gain) -> str:

@@ -55,17 +55,19 @@ def as_loaded(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
 @triton.jit
 def payload_values(payload, MANTISSA: tl.constexpr):
     """float32 values of `payload`, exact, of any shape; see `as_loaded` for MANTISSA."""
-    if MANTISSA == 0:
-        return payload.to(tl.float32)
-    code = payload.to(tl.int32)
-    exponent = (code & 0x7F) >> MANTISSA
-    fraction = code & ((1 << MANTISSA) - 1)
-    significand = tl.where(exponent > 0, fraction + (1 << MANTISSA), fraction).to(tl.float32)
-    bias: tl.constexpr = 1 << (6 - MANTISSA)
-    power = ((tl.maximum(exponent, 1) + (127 - bias - MANTISSA)) << 23).to(tl.float32, bitcast=True)
-    value = significand * power  # exact, also where the format is subnormal: float32 is not
-    value = tl.where(code >= 0x80, -value, value)
-    return tl.where(code == 0x80, float("nan"), value)
+    if MANTISSA == 0:  # no early return: compiled, what follows one is compiled as well
+        value = payload.to(tl.float32)
+    else:
+        code = payload.to(tl.int32)
+        exponent = (code & 0x7F) >> MANTISSA
+        fraction = code & ((1 << MANTISSA) - 1)
+        significand = tl.where(exponent > 0, fraction + (1 << MANTISSA), fraction).to(tl.float32)
+        bias: tl.constexpr = 1 << (6 - MANTISSA)
+        power = ((tl.maximum(exponent, 1) + (127 - bias - MANTISSA)) << 23).to(tl.float32, bitcast=True)
+        value = significand * power  # exact, also where the format is subnormal: float32 is not
+        value = tl.where(code >= 0x80, -value, value)
+        value = tl.where(code == 0x80, float("nan"), value)
+    return value
 
 
 @triton.jit
@@ -82,9 +84,11 @@ def to_payload(values, ELEMENT: tl.constexpr, MANTISSA: tl.constexpr):
         steps = (size * 2.0 ** (bias - 1 + MANTISSA) + 8388608.0) - 8388608.0
         code = tl.where(size < 2.0 ** (1 - bias), steps.to(tl.int32), rounded - ((127 - bias) << MANTISSA))
         code = tl.where((values < 0) & (code > 0), code | 0x80, code)  # there is no minus zero
-        return tl.where(values != values, 0x80, code).to(ELEMENT)
-    if tl.float8e4nv == ELEMENT:
-        values = tl.where(values != values, values, tl.minimum(tl.maximum(values, -448.0), 448.0))
+        stored = tl.where(values != values, 0x80, code).to(ELEMENT)
+    elif tl.float8e4nv == ELEMENT:
+        stored = tl.where(values != values, values, tl.minimum(tl.maximum(values, -448.0), 448.0)).to(ELEMENT)
     elif tl.float8e5 == ELEMENT:
-        values = tl.where(values != values, values, tl.minimum(tl.maximum(values, -57344.0), 57344.0))
-    return values.to(ELEMENT)
+        stored = tl.where(values != values, values, tl.minimum(tl.maximum(values, -57344.0), 57344.0)).to(ELEMENT)
+    else:
+        stored = values.to(ELEMENT)
+    return stored

@@ -13,8 +13,9 @@ from .softmax_rows import initial_max_and_sum, rescale, store_rows
 
 _RUNTIME = (
     "query_start_loc_ptr", "seq_lens_ptr", "sinks_ptr", "output_scale_ptr", "out_ptr", "lse_ptr", "partial_out_ptr",
-    "partial_max_ptr", "partial_sum_ptr", "gqa_ratio", "head_size_v", "num_splits", "num_tokens", "num_q_heads",
-    "out_stride_token", "out_stride_head", "lse_stride_token", "lse_stride_head",
+    "partial_max_ptr", "partial_sum_ptr", "gqa_ratio", "head_size_v", "num_splits", "out_stride_token",
+    "out_stride_head", "lse_stride_token", "lse_stride_head", "part_stride_split", "part_stride_token",
+    "part_stride_head", "max_stride_split", "max_stride_token", "sum_stride_split", "sum_stride_token",
 )  # fmt: skip
 
 
@@ -22,6 +23,12 @@ _RUNTIME = (
 def keys_per_split(seq_len, num_splits, BLOCK_N: tl.constexpr):
     """Keys each split owns: whole tiles, at least one."""
     return tl.maximum(tl.cdiv(tl.cdiv(seq_len, BLOCK_N), num_splits), 1) * BLOCK_N
+
+
+@triton.jit
+def part_offsets(split, token, head, stride_split: tl.int64, stride_token: tl.int64, stride_head: tl.int64):
+    """Where the part of `split` lies in a workspace, int64 [BLOCK_M]; token int64, head [BLOCK_M]."""
+    return split * stride_split + token * stride_token + head * stride_head
 
 
 @triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=("out_stride_dim",))
@@ -38,13 +45,18 @@ def split_kv_combine_kernel(
     gqa_ratio: tl.int32,
     head_size_v: tl.int32,
     num_splits: tl.int32,
-    num_tokens: tl.int64,
-    num_q_heads: tl.int64,
     out_stride_token: tl.int64,
     out_stride_head: tl.int64,
     out_stride_dim: tl.int64,
     lse_stride_token: tl.int64,
     lse_stride_head: tl.int64,
+    part_stride_split: tl.int64,
+    part_stride_token: tl.int64,
+    part_stride_head: tl.int64,
+    max_stride_split: tl.int64,
+    max_stride_token: tl.int64,
+    sum_stride_split: tl.int64,
+    sum_stride_token: tl.int64,
     OUT_MANTISSA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -70,12 +82,15 @@ def split_kv_combine_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     with_keys = tl.cdiv(tl.maximum(seq_len, 0), keys_per_split(seq_len, num_splits, BLOCK_N))
     for split in range(0, with_keys):
-        partial = (split * num_tokens + token) * num_q_heads + head
-        part_max = tl.load(partial_max_ptr + partial, mask=present, other=float("-inf"))
-        part_sum = tl.load(partial_sum_ptr + partial, mask=present, other=0.0)
-        partial_offsets = (partial * head_size_v)[:, None] + dim_v[None, :]
+        max_offsets = part_offsets(split, token, head, max_stride_split, max_stride_token, 1)
+        sum_offsets = part_offsets(split, token, head, sum_stride_split, sum_stride_token, 1)
+        part_max = tl.load(partial_max_ptr + max_offsets, mask=present, other=float("-inf"))
+        part_sum = tl.load(partial_sum_ptr + sum_offsets, mask=present, other=0.0)
+        offsets = part_offsets(split, token, head, part_stride_split, part_stride_token, part_stride_head)
         part = tl.load(
-            partial_out_ptr + partial_offsets, mask=present[:, None] & (dim_v < head_size_v)[None, :], other=0.0
+            partial_out_ptr + offsets[:, None] + dim_v[None, :],
+            mask=present[:, None] & (dim_v < head_size_v)[None, :],
+            other=0.0,
         )
         new_max = tl.maximum(row_max, part_max)
         alpha = rescale(row_max, new_max)

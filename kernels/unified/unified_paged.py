@@ -26,7 +26,7 @@ from .._shared.paged_tile import (
 )
 from .._shared.payload import as_loaded, descales_by_key, descales_of, payload_values
 from .softmax_rows import initial_max_and_sum, rescale, store_rows
-from .split_kv import keys_per_split, split_kv_combine_kernel
+from .split_kv import keys_per_split, part_offsets, split_kv_combine_kernel
 
 # Pointers and sizes differ from case to case: specialising on their alignment or on the value 1 would only multiply
 # compilations. The strides that may be innermost do know the value 1, which is what makes loads coalesce.
@@ -35,10 +35,11 @@ _RUNTIME = (
     "kv_last_page_len_ptr", "query_start_loc_ptr", "seq_lens_ptr", "q_descale_ptr",
     "k_descale_ptr", "v_descale_ptr", "output_scale_ptr", "alibi_slopes_ptr", "sinks_ptr", "out_ptr", "lse_ptr",
     "partial_out_ptr", "partial_max_ptr", "partial_sum_ptr", "gqa_ratio", "head_size", "head_size_v", "page_size",
-    "window", "num_splits", "num_tokens", "num_q_heads", "q_stride_token", "q_stride_head", "out_stride_token",
-    "out_stride_head", "lse_stride_token", "lse_stride_head", "table_stride", "k_stride_page", "k_stride_slot",
-    "k_stride_head", "v_stride_page", "v_stride_head", "k_descale_page", "k_descale_slot", "k_descale_head",
-    "v_descale_page", "v_descale_slot", "v_descale_head",
+    "window", "num_splits", "q_stride_token", "q_stride_head", "out_stride_token", "out_stride_head",
+    "lse_stride_token", "lse_stride_head", "table_stride", "k_stride_page", "k_stride_slot", "k_stride_head",
+    "v_stride_page", "v_stride_head", "k_descale_page", "k_descale_slot", "k_descale_head", "v_descale_page",
+    "v_descale_slot", "v_descale_head", "part_stride_split", "part_stride_token", "part_stride_head",
+    "max_stride_split", "max_stride_token", "sum_stride_split", "sum_stride_token",
 )  # fmt: skip
 _INNERMOST = (
     "q_stride_dim", "out_stride_dim", "k_stride_dim", "k_stride_lane", "v_stride_slot", "v_stride_dim",
@@ -77,8 +78,6 @@ def unified_paged_kernel(
     page_size: tl.int32,
     window: tl.int32,
     num_splits: tl.int32,
-    num_tokens: tl.int64,
-    num_q_heads: tl.int64,
     q_stride_token: tl.int64,
     q_stride_head: tl.int64,
     q_stride_dim: tl.int64,
@@ -104,6 +103,13 @@ def unified_paged_kernel(
     v_descale_page: tl.int64,
     v_descale_slot: tl.int64,
     v_descale_head: tl.int64,
+    part_stride_split: tl.int64,
+    part_stride_token: tl.int64,
+    part_stride_head: tl.int64,
+    max_stride_split: tl.int64,
+    max_stride_token: tl.int64,
+    sum_stride_split: tl.int64,
+    sum_stride_token: tl.int64,
     VECTOR: tl.constexpr,
     SLOT_VECTOR: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -227,11 +233,13 @@ def unified_paged_kernel(
         acc = acc * alpha[:, None] + tl.dot(p.to(DTYPE), v, input_precision="ieee")
 
     if SPLIT_KV:
-        partial = (split * num_tokens + token) * num_q_heads + head
-        tl.store(partial_max_ptr + partial, row_max, mask=present)
-        tl.store(partial_sum_ptr + partial, row_sum, mask=present)
-        partial_offsets = (partial * head_size_v)[:, None] + dim_v[None, :]
-        tl.store(partial_out_ptr + partial_offsets, acc, mask=present[:, None] & (dim_v < head_size_v)[None, :])
+        max_offsets = part_offsets(split, token, head, max_stride_split, max_stride_token, 1)
+        sum_offsets = part_offsets(split, token, head, sum_stride_split, sum_stride_token, 1)
+        part = part_offsets(split, token, head, part_stride_split, part_stride_token, part_stride_head)
+        tl.store(partial_max_ptr + max_offsets, row_max, mask=present)
+        tl.store(partial_sum_ptr + sum_offsets, row_sum, mask=present)
+        out_offsets = part[:, None] + dim_v[None, :]
+        tl.store(partial_out_ptr + out_offsets, acc, mask=present[:, None] & (dim_v < head_size_v)[None, :])
     else:
         store_rows(
             acc, row_max, row_sum, token, head, present, out_ptr, lse_ptr, output_scale_ptr, head_size_v,
@@ -261,7 +269,7 @@ def launch(args: LaunchArguments) -> None:
     """Attention over the cache only (`args.k` and `args.v` are not used); writes `args.out` and `args.lse`.
 
     `num_splits == 0` launches unified_paged_kernel once; `num_splits > 0` launches it with SPLIT_KV, one program per
-    split, and then split_kv_combine_kernel. The workspaces start as NaN: what a split does not store must not matter.
+    split, and then split_kv_combine_kernel. Workspaces start as NaN: what a split does not store must not matter.
     """
     num_tokens, num_q_heads, head_size = args.q.shape
     head_size_v = args.out.shape[2]
@@ -279,11 +287,13 @@ def launch(args: LaunchArguments) -> None:
     splits = max(args.num_splits, 1)
 
     partial_out = partial_max = partial_sum = None
+    part_strides = (0,) * 7
     if args.num_splits:
         shape = (splits, num_tokens, num_q_heads)
-        partial_out = torch.full((*shape, head_size_v), float("nan"), device=args.q.device)
-        partial_max = torch.full(shape, float("nan"), device=args.q.device)
-        partial_sum = torch.full(shape, float("nan"), device=args.q.device)
+        partial_out = args.workspace("partial_out", (*shape, head_size_v), torch.float32)
+        partial_max = args.workspace("partial_max", shape, torch.float32)
+        partial_sum = args.workspace("partial_sum", shape, torch.float32)
+        part_strides = (*partial_out.stride()[:3], *partial_max.stride()[:2], *partial_sum.stride()[:2])
 
     unified_paged_kernel[(num_tiles * splits, num_kv_heads, num_seqs)](
         q, k_cache, v_cache,
@@ -293,11 +303,12 @@ def launch(args: LaunchArguments) -> None:
         args.alibi_slopes, args.sinks, out, args.lse, partial_out, partial_max, partial_sum,
         args.softmax_scale, args.logits_soft_cap,
         gqa_ratio, head_size, head_size_v, page_size_of(args.k_cache, args.layout), args.sliding_window,
-        splits, num_tokens, num_q_heads,
+        splits,
         *args.q.stride(), *args.out.stride(), *lse_strides, table_stride,
         k_strides.page, k_strides.slot, k_strides.head, k_strides.dim, k_strides.lane,
         v_strides.page, v_strides.slot, v_strides.head, v_strides.dim, v_strides.slot_lane,
         k_descale.page, k_descale.slot, k_descale.head, v_descale.page, v_descale.slot, v_descale.head,
+        *part_strides,
         VECTOR=k_strides.vector, SLOT_VECTOR=v_strides.slot_vector,
         CAUSAL=args.causal, HAS_SOFT_CAP=args.logits_soft_cap > 0,
         QUANTISED=args.kv_dtype != "auto", DESCALES_BY_KEY=descales_by_key(args), DTYPE=_TYPES[args.compute_dtype],
@@ -308,6 +319,6 @@ def launch(args: LaunchArguments) -> None:
         split_kv_combine_kernel[(num_tiles, num_kv_heads, num_seqs)](
             args.query_start_loc, args.seq_lens, args.sinks, args.output_scale, out, args.lse,
             partial_out, partial_max, partial_sum,
-            gqa_ratio, head_size_v, splits, num_tokens, num_q_heads, *args.out.stride(), *lse_strides,
+            gqa_ratio, head_size_v, splits, *args.out.stride(), *lse_strides, *part_strides,
             OUT_MANTISSA=out_mantissa, BLOCK_M=tiles.rows, BLOCK_N=tiles.keys, BLOCK_DV=tiles.dims_v,
         )  # fmt: skip

@@ -24,12 +24,17 @@ def faulty(name: str, folder: Path, old: str, new: str, file: str = "") -> Contr
     assert contract.folder is not None
     for part in ("_shared", contract.folder.name):
         shutil.copytree(IN_TREE / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
-    family = folder / contract.folder.name
-    source = family / (file or contract.entry.partition(":")[0])
+    return again(replace(contract, folder=folder / contract.folder.name), old, new, file)
+
+
+def again(contract: Contract, old: str, new: str, file: str = "") -> Contract:
+    """`contract`, of a copy already, with one more change in it."""
+    assert contract.folder is not None
+    source = contract.folder / (file or contract.entry.partition(":")[0])
     text = source.read_text()
     assert text.count(old) == 1, old
     source.write_text(text.replace(old, new))
-    return replace(contract, folder=family)
+    return contract
 
 
 def case(kernel: str, query_lens: tuple[int, ...], context_lens: tuple[int, ...], **axes: object) -> Case:

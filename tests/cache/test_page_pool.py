@@ -36,7 +36,7 @@ def built(case: Case, device: torch.device, content: Content = Content.ALL) -> t
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 @pytest.mark.parametrize("strides", ["compact", "cache"])
-@pytest.mark.parametrize("layout", ["linear_nhd", "vllm_classic", "vectorized"])
+@pytest.mark.parametrize("layout", ["linear_nhd", "hnd", "vllm_classic", "vectorized"])
 def test_dense_and_aliased_caches_have_the_same_strides_and_bits(
     layout: str, strides: str, device: torch.device
 ) -> None:
@@ -69,7 +69,7 @@ def test_what_should_not_be_there_is_red_before_the_launch(where: str, kind: str
 
 
 def test_a_dense_pool_is_searched_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("harness.cache.verify._AT_ONCE", 1000)
+    monkeypatch.setattr("harness.cache.dead._AT_ONCE", 1000)
     problem, cache = built(replace(CASE, pool="dense"), DEVICES[0])
     verify_cache(problem, cache, Content.ALL)
     bits_of(cache.k)[150, 3, 1, 5] = 1
@@ -116,10 +116,12 @@ def test_a_page_that_a_sequence_has_twice_holds_the_same_tokens_and_descales(
     for tensor in (problem.k, problem.v, cache.key_payload.float(), cache.value_payload.float()):
         assert torch.equal(tensor[start : start + 9], tensor[start + 32 : start + 41])
         assert not torch.equal(tensor[start : start + 9], tensor[start + 16 : start + 25])
-    assert problem.descales is not None
-    assert torch.equal(problem.descales[2], problem.descales[4])
-    assert not torch.equal(problem.descales[2], problem.descales[3])
     assert problem.structured
+    by_page, by_token = problem.descales, build_problem(replace(TWICE, descales_per="token"), device).descales
+    for descales, size in ((by_page[2:], 1), (by_token[start:], 16)):  # of the second sequence
+        count = min(size, 9)
+        assert torch.equal(descales[:count], descales[2 * size : 2 * size + count])
+        assert not torch.equal(descales[:count], descales[size : size + count])
 
 
 @pytest.mark.parametrize("where", ["the shared page", "behind both ends", "a page of one's own"])

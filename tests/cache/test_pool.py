@@ -117,6 +117,29 @@ def test_what_should_not_be_there_is_red_before_the_launch(where: str, device: t
     assert caught.value.tensor == "k_cache"
 
 
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+@pytest.mark.parametrize("per", ["page", "token"])
+@pytest.mark.parametrize("where", ["in use", "beside a page", "an address without memory of its own", "a decoy"])
+def test_a_wrong_descale_far_away_is_red_before_the_launch(where: str, per: str, device: torch.device) -> None:
+    case = replace(CASE, boundary_target="descale", kv_dtype="fp8_e4m3", descales_per=per, data="probe")
+    problem = build_problem(case, device)
+    cache = build_cache(problem, Content.ALL)
+    verify_cache(problem, cache, Content.ALL)
+    name = "kv_block_descale" if per == "page" else "v_token_descale"
+    descales = getattr(cache, name)
+    page, start = cache.pages[0][0], int(descales.storage_offset())
+    at = {
+        "in use": start + page * descales.stride(0),
+        "beside a page": start + page * descales.stride(0) + descales[0].numel(),
+        "an address without memory of its own": start + (page - 3) * descales.stride(0) // 2,
+        "a decoy": int(next(d for d in cache.decoys if d.which == name).offsets[0]),
+    }
+    descales.as_strided((1,), (1,), at[where]).fill_(1.5)
+    with pytest.raises(SetupBug) as caught:
+        verify_cache(problem, cache, Content.ALL)
+    assert caught.value.tensor == name
+
+
 def test_pages_in_use_are_distinct_and_the_padding_is_none_of_them() -> None:
     for boundary, target in (("carry", "k"), ("bytes32", "v"), ("elements32", "kv"), ("page16", "kv")):
         for position in ("below", "above", "far"):

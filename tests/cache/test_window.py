@@ -67,7 +67,7 @@ def test_dead_pages_are_poison_and_the_cache_proves_it(content: Content, layout:
             tail=tail,
             placement=Placement(placement, placement),
             kv_dtype=("auto", "fp8_e4m3")[number],
-            descales=("per_tensor", "loud")[number] if placement == "shuffled" else "per_tensor",
+            descales_per=("tensor", "page")[number] if placement == "shuffled" else "tensor",
             strides=("compact", "cache")[number],
             rows=ROWS if placement == "shuffled" else Rows("r", (1, 1, 1), (90, 80, 33)),
         )
@@ -88,12 +88,12 @@ def test_dead_pages_are_poison_and_the_cache_proves_it(content: Content, layout:
 
 
 def test_what_is_left_on_a_dead_page_is_told() -> None:
-    problem, cache = build(replace(CASE, kv_dtype="fp8_e4m3", descales="loud"))
+    problem, cache = build(replace(CASE, kv_dtype="fp8_e4m3", descales_per="page"))
     live = build_cache(problem, Content.ALL)
     for left in (replace(cache, k=live.k), replace(cache, v=live.v)):
         with pytest.raises(SetupBug, match=r"poison in page \d+ \(out of the window\)"):
             verify_cache(problem, left, Content.ALL, "dead")
-    with pytest.raises(SetupBug, match="NaN in page"):
+    with pytest.raises(SetupBug, match="NaN for K of kv head 0 in page"):
         verify_cache(problem, replace(cache, kv_block_descale=live.kv_block_descale), Content.ALL, "dead")
     with pytest.raises(SetupBug, match="is poison"):
         verify_cache(problem, cache, Content.ALL, "live")
@@ -105,7 +105,7 @@ def test_arguments_with_dead_pages_are_no_fault_of_the_set_up(kernel: str) -> No
     rows = Rows("r", (1, 1), (60, 33))
     case = replace(CASE, kernel=kernel, rows=rows)
     if kernel == "torch_sdpa_paged":
-        case = replace(case, kv_dtype="fp8_e4m3", descales="loud")
+        case = replace(case, kv_dtype="fp8_e4m3", descales_per="page")
     contract = replace(KERNELS[kernel], window_pages="dead")
     setup = build_arguments(build_problem(case, "cpu"), contract)
     check_setup(setup, contract)

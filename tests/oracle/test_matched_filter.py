@@ -307,3 +307,16 @@ def test_batches_without_keys_or_pages() -> None:
     inputs = make_case("normal", "bf16", lengths=((3, 2), (0, 0)))
     out, _ = run_emulated(inputs, NumericsProfile(), "bf16")
     assert find_gains(inputs, out, filter_of(inputs, NumericsProfile(), "bf16")).num_statistics == 0
+
+
+def test_a_split_of_one_key_rounds_alike_in_every_row() -> None:
+    """Its 16-bit partial is that key's value, with one and the same rounding error in the outputs of all rows."""
+    profile = replace(PROFILES["fp16 partials"], split_partial_dtype="bf16")
+    inputs = make_case("normal", "fp32", lengths=((128,), (65,)), causal=False)
+    k = inputs.k.clone()
+    k[64] = 0.75  # most of the mass
+    shared = replace(inputs, q=inputs.q + 1, k=k)
+    out, _ = run_emulated(shared, profile, "fp32", Schedule(tile=64, splits=2))
+    found = find_gains(shared, out, replace(filter_of(shared, profile, "fp32"), num_splits=2))
+    assert found.num_statistics > 20
+    assert found.z < 5

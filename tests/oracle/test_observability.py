@@ -158,6 +158,21 @@ def neighbour(tensor: torch.Tensor, slots: slice, page: int) -> None:
     tensor[slots] = tensor[from_here : from_here + slots.stop - slots.start].clone()
 
 
+def beside_transitions(staged: Staged, name: str, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The 64 keys next to the page `step` away have its descale, in every sequence and page by page."""
+    size, start = staged.case.page_size, 0
+    descale = staged.batch.k_descale if name == "k" else staged.batch.v_descale  # [num_keys, num_kv_heads, 1]
+    changed = getattr(staged.inputs, name).double()
+    for cached in staged.batch.cached_lens:
+        for first in range(start, start + cached, size):
+            end, there = min(first + size, start + cached), first + step * size
+            if start <= there < start + cached:
+                keys = slice(max(end - 64, first), end) if step > 0 else slice(first, min(first + 64, end))
+                changed[keys] *= descale[there].double() / descale[first].double()
+        start += cached
+    return attended(staged.inputs, **{name: changed})
+
+
 def by_modulo(staged: Staged) -> tuple[torch.Tensor, torch.Tensor]:
     heads = [head % staged.case.num_kv_heads for head in range(staged.case.num_q_heads)]
     return attended(staged.inputs, k=staged.inputs.k[:, heads], v=staged.inputs.v[:, heads])
@@ -221,6 +236,10 @@ EMULATED: dict[str, tuple[dict[str, Any], list[Callable[[Staged], tuple[torch.Te
         FP8,
         [lambda s: attended(s.inputs, k=s.payload[0]), lambda s: attended(s.inputs, v=s.payload[1])],
     ),
+    "stale_descale": (
+        {"descales_per": "page", "page_size": 72, "causal": False, **FP8},
+        [lambda s, w=w, by=by: beside_transitions(s, w, by) for w in "kv" for by in (1, -1)],  # type: ignore[misc]
+    ),
     "softmax_scale": ({}, [lambda s: attended(s.inputs, softmax_scale=s.inputs.softmax_scale * 1.02)]),
     "gqa_mapping": ({}, [by_modulo]),
     "sink": (
@@ -270,6 +289,7 @@ def test_a_case_that_sees_and_one_that_cannot(fault: str) -> None:
         ("softmax_scale", {"data": "uniform"}),
         ("k_descale", {"data": "uniform", **FP8}),
         ("scale_dropped", {"descales": "one", **FP8}),
+        ("stale_descale", {"descales_per": "page", "data": "uniform", **FP8}),
         ("v_descale", {"dtype": "bf16", "data": "uniform", "rows": DECODE, **FP8}),  # an eighth of the mass on a page
         ("page_swap", {"data": "needle", "page_size": 1, "rows": DECODE}),  # four needles, 150 pages
     ],
@@ -292,6 +312,8 @@ ONE = Rows("one", (1,), (9,))
         ("page_swap", {"rows": ONE}, "no sequence has two cached pages"),
         ("k_descale", {}, "the cache stores the dtype of the case: no descale"),
         ("v_descale", {"kernel": "prefix_prefill", "rows": Rows("new", (9,), (0,)), **FP8}, "no token is in the cache"),
+        ("stale_descale", FP8, "descales are not by page"),
+        ("stale_descale", {"rows": ONE, "descales_per": "page", **FP8}, "no sequence has two cached pages"),
         ("gqa_mapping", {"gqa_ratio": 1}, "one query head per KV head"),
         ("gqa_mapping", {"gqa_ratio": 4}, "one KV head"),
         ("sink", {}, "no sinks"),

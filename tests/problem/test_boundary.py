@@ -63,6 +63,34 @@ def test_pages_lie_below_across_above_and_far_from_the_boundary(stored: str, pag
     assert refused < 40  # page ids of one tensor, whole pages that end at the boundary
 
 
+@pytest.mark.parametrize("per", ["page", "token"])
+@pytest.mark.parametrize("heads", [1, 2, 4, 6, 8, 24])
+def test_pages_of_descales_lie_below_across_above_and_far_from_the_boundary(heads: int, per: str) -> None:
+    content = heads * (2 if per == "page" else 16)  # elements of a page
+    refused = 0
+    for boundary, position in itertools.product(("bytes31", "bytes32", "elements31", "elements32"), POSITIONS):
+        case = probe(
+            boundary=boundary, boundary_target="descale", boundary_position=position, num_q_heads=heads, gqa_ratio=1,
+            rows=Rows("r", (1, 1), (20, 12)), kv_dtype="fp8_e4m3", descales_per=per,
+        )  # fmt: skip
+        if boundary_refusal(case) is not None:
+            refused += 1
+            assert position == "straddling"
+            continue
+        at = cache_geometry(case)
+        assert at is not None
+        limit = (1 << int(boundary[-2:])) // (4 if boundary.startswith("bytes") else 1)
+        first, second = (page * at.page_strides["descale"] for page in at.suspects)
+        inside = {
+            "below": max(first, second) + content <= limit,
+            "straddling": second + content <= limit and first < limit < first + content,
+            "above": min(first, second) >= limit,
+            "far": min(first, second) > 2 * limit,
+        }
+        assert inside[position], (boundary, position)
+    assert refused <= (4 if heads == 1 or (heads < 4 and per == "page") else 1)
+
+
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("boundary", ["bytes31", "bytes32", "elements31", "elements32"])
 def test_the_last_row_of_the_output_and_of_the_table_lies_where_it_should(boundary: str, position: str) -> None:
@@ -91,12 +119,22 @@ def test_the_last_row_of_the_output_and_of_the_table_lies_where_it_should(bounda
         ({"boundary": "elements31", "rows": Rows("r", (1,), (3,))}, "the batch has 1 pages of 16 tokens"),
         ({"boundary": "elements31", "strides": "cache"}, "leave strides and placement at their default"),
         ({"boundary": "bytes31", "placement": Placement("reversed", "reversed")}, "leave strides and placement"),
+        ({"boundary": "bytes31", "boundary_target": "descale"}, "only descales per page or token have pages"),
+        (
+            {"boundary": "bytes32", "boundary_target": "descale", "kv_dtype": "fp8_e4m3", "descales_per": "page"},
+            "of the descales of K and V of one KV head it can only cut off those of V",
+        ),
+        ({"boundary": "bytes31", "num_pages": 100}, "leave num_pages at none"),
+        (
+            {"boundary": "carry", "boundary_target": "workspace", "boundary_position": "far"},
+            "the position is straddling",
+        ),
         ({"boundary": "bytes31", "head_size_v": 32}, "K and V must have pages of the same size"),
         (
             {"boundary": "bytes31", "head_size": 1 << 24, "boundary_target": "kv", "boundary_position": "above"},
             "too large",
         ),
-        ({"boundary": "carry", "boundary_target": "table"}, "a carry lies in the last token of the output"),
+        ({"boundary": "carry", "boundary_target": "table"}, "a carry lies in the last row of output or workspace"),
         ({"boundary": "bytes31", "boundary_target": "out", "rows": Rows("r", (1,), (3,))}, "it needs two rows"),
         (
             {"boundary": "bytes31", "boundary_target": "table", "rows": Rows("r", (1, 1), (3, 3))},

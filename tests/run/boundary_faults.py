@@ -32,6 +32,17 @@ def probe(kernel: str, boundary: str, **axes: object) -> Case:
     return Case("m", kernel, rows, boundary=boundary, **(common | axes))  # type: ignore[arg-type]
 
 
+def split(boundary: str, **axes: object) -> Case:
+    """Two parts of the keys, both with some of them."""
+    case = probe("unified_paged", boundary, boundary_target="workspace", num_splits=2, **axes)
+    return replace(case, rows=Rows("two_parts", (3, 1), (70, 80)))
+
+
+def descales(boundary: str, kernel: str = "unified_paged", **axes: object) -> Case:
+    """Four KV heads, so that a boundary can lie in the descales of one page."""
+    return probe(kernel, boundary, **({"gqa_ratio": 1} | axes))
+
+
 class Fault(NamedTuple):
     """`old` becomes `new` wherever it occurs in a kernel's family and the shared files."""
 
@@ -158,8 +169,58 @@ STORES = {
         ),
     ),
 }
+SCRATCH = {
+    "signed": Fault(
+        "return split * stride_split + token",
+        "return (split * stride_split.to(tl.int32)).to(tl.int64) + token",
+        split("elements31"),
+        ("row 1 of workspace partial_out at element 2,147,48", "2^32 x -1", "a signed 32-bit offset in elements wraps"),
+    ),
+    "unsigned": Fault(
+        "return split * stride_split + token",
+        "return ((split * stride_split) & 0xFFFFFFFF) + token",
+        split("elements32", boundary_position="far"),
+        ("row 1 of workspace partial_out at element 9,663,676,4", "an unsigned 32-bit offset in elements wraps"),
+    ),
+    "bytes, across the boundary": Fault(
+        "out_offsets = part[:, None] + dim_v[None, :]",
+        "out_offsets = ((part[:, None] + dim_v[None, :]) * 4).to(tl.int32).to(tl.int64) // 4",
+        split("bytes31", boundary_position="straddling"),
+        ("row 1 of workspace partial_out at element 536,870,912 was written at element -536,870,912", "in bytes wraps"),
+    ),
+}
+BY_PAGE = {"kv_dtype": "fp8_e4m3", "descales_per": "page", "boundary_target": "descale", "data": "probe"}
+BY_TOKEN = {**BY_PAGE, "descales_per": "token"}
+DESCALES = {
+    "signed": Fault(
+        "k_descale = page.to(tl.int64) * k_descale_page",
+        "k_descale = (page * k_descale_page.to(tl.int32)).to(tl.int64)",
+        descales("elements31", **BY_PAGE),
+        ("K descale of page 2", "was read at element -2,", "2^32 x -1", "a signed 32-bit offset in elements wraps"),
+    ),
+    "unsigned, of V": Fault(
+        "v_descale = page.to(tl.int64) * v_descale_page",
+        "v_descale = (page.to(tl.uint32) * v_descale_page.to(tl.uint32)).to(tl.int64)",
+        descales("elements32", **BY_PAGE, boundary_position="far"),
+        ("V descale of page ", "an unsigned 32-bit offset in elements wraps"),
+    ),
+    "bytes, across the boundary": Fault(
+        "_descale_ptr + v_descale,",
+        "_descale_ptr + (v_descale * 4).to(tl.uint32).to(tl.int64) // 4,",
+        descales("bytes32", **BY_PAGE, boundary_position="straddling"),
+        ("V descale of page", "at element 1,073,741,825 was read at element 1", "an unsigned 32-bit offset in bytes"),
+    ),
+    "of tokens": Fault(
+        "k_descale = page.to(tl.int64) * k_descale_page",
+        "k_descale = (page * k_descale_page.to(tl.int32)).to(tl.int64)",
+        descales("elements31", **BY_TOKEN),
+        ("K descale of page 18", "2^32 x -1", "a signed 32-bit offset in elements wraps"),
+    ),
+}
 ALL = READS | {f"page table, {name}": fault for name, fault in TABLE_READS.items()}
 ALL |= {f"out, {name}": fault for name, fault in STORES.items()}
+ALL |= {f"descales, {name}": fault for name, fault in DESCALES.items()}
+ALL |= {f"workspace, {name}": fault for name, fault in SCRATCH.items()}
 
 
 class Told(NamedTuple):

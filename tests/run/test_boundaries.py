@@ -63,6 +63,17 @@ def test_a_straddled_page_that_no_query_looks_into_is_blind() -> None:
     )
 
 
+def test_a_workspace_that_a_kernel_leaves_alone_is_blind() -> None:
+    case = probe("unified_paged", "elements31", boundary_target="workspace", num_splits=2)  # one tile: one part
+    verdict = run_case(case, KERNELS["unified_paged"], Options(device="cpu"))
+    assert verdict.outcome is Outcome.BLIND
+    assert verdict.reason == (
+        "cannot see a wrong address of a workspace: nothing was stored where a signed 32-bit offset in elements wraps"
+    )
+    verdict = run_case(replace(case, num_splits=None), KERNELS["unified_paged"], Options(device="cpu"))
+    assert verdict.outcome is Outcome.BLIND
+
+
 @pytest.mark.parametrize(("boundary", "target"), [("page24", "kv"), ("elements32", "out"), ("elements31", "table")])
 def test_accesses_are_judged_but_where_the_range_is_too_large_and_that_is_said(boundary: str, target: str) -> None:
     page = {"page_size": 16, "head_size": 16} if boundary == "page24" else {}

@@ -19,7 +19,7 @@ from tests.run.boundary_faults import KERNELS, mutated
 
 CPU = Options(device="cpu")
 PAGE = "page = tl.load(table_row + key // page_size, mask=cached, other=0)"
-DESCALE = "k_descale = page.to(tl.int64)"
+DESCALE = "_descale = page.to(tl.int64)"  # of K and of V
 FIRST = "tl.load(table_row + key * 0, mask=cached, other=0)"
 
 
@@ -57,7 +57,7 @@ WRONG = {
     ),
     "the descales of the neighbour": Wrong(
         DESCALE,
-        "k_descale = (page ^ 1).to(tl.int64)",
+        "_descale = (page ^ 1).to(tl.int64)",
         {
             "on_4096_4097": "1,024 elements",
             "on_4095_4096": "descales of page 4094",
@@ -65,7 +65,7 @@ WRONG = {
         },
     ),
     "the descales of the first page": Wrong(
-        DESCALE, f"k_descale = {FIRST}.to(tl.int64)", {"on_4097_4098": "(page 4098)"}, ("on_4096_4096",)
+        DESCALE, f"_descale = {FIRST}.to(tl.int64)", {"on_4097_4098": "(page 4098)"}, ("on_4096_4096",)
     ),
 }
 
