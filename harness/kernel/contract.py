@@ -93,6 +93,12 @@ class Contract:
         """The writer that fills the cache of `case`; None where it is built full, or no such writer is known."""
         return next((writer for writer in self.writers if writer.name == case.writer), None)
 
+    def launches_of(self, case: Case) -> tuple[str, ...]:
+        """The device kernels that `case` may launch, those of its writer included; () where some are not known."""
+        writer = self.writer_of(case)
+        by_kernel = (self.launches,) if writer is None else (self.launches, writer.launches)
+        return tuple(name for names in by_kernel for name in names) if all(by_kernel) else ()
+
     def of_output(self, out_dtype: str, output_scale: float) -> Contract:
         """This contract where the output is stored in `out_dtype` (auto: as the numerics declare) at `output_scale`."""
         if out_dtype == "auto":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from harness.cache.content import Content
+from harness.case import Case, Rows
 from harness.cli import main
 from harness.errors import KernelNotFound
 from harness.kernel.contract import Contract
@@ -82,6 +84,16 @@ def test_no_attention_kernel_finds_what_a_writer_does() -> None:
 )
 def test_what_a_matrix_may_not_ask_for_is_a_mistake_with_its_place(tmp_path: Path, fixed: str, words: str) -> None:
     assert words in refused(tmp_path, fixed)
+
+
+def test_what_a_case_launches_includes_its_writer() -> None:
+    """compute-sanitizer's findings are those of these kernels."""
+    kernels, case = find_kernels(), Case("m", "unified_paged", Rows("r", (1,), (3,)))
+    launches = kernels["unified_paged"].launches
+    assert kernels["unified_paged"].launches_of(case) == launches
+    written = replace(case, writer="cache_writer")
+    assert kernels["unified_paged"].launches_of(written) == (*launches, "cache_writer_kernel")
+    assert kernels["torch_sdpa_paged"].launches_of(written) == ()  # plain torch: not known
 
 
 def test_kernels_lists_writers_too(capsys: pytest.CaptureFixture[str]) -> None:
