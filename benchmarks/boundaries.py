@@ -1,4 +1,4 @@
-"""Boundary probes, large pools: seconds and peak memory of every case and kernel; pools of 10 and 64 GB of addresses.
+"""Boundary probes and large pools: seconds and peak memory of every case; set-up of pools of 10 and 64 GB of addresses.
 
     python benchmarks/boundaries.py [--device cuda]
 

@@ -72,7 +72,7 @@ PAGED = ("prefix_prefill", "paged_decode", "chunked_prefill_paged_decode")
 SOURCE_FAULTS = {
     "accumulator not rescaled": SourceFault(PAGED, "acc * rescale[:, None]", "acc", lambda c: longest(c) > 70),
     "dequantised without its scale": SourceFault(
-        PAGED, "tile.to(tl.float32) * tl.load(scale_ptr)", "tile.to(tl.float32)", lambda c: c.kv_dtype != "auto"
+        PAGED, " * tl.load(scale_ptr + kv_head * stride_scale)", "", lambda c: c.kv_dtype != "auto"
     ),
     "padding holds ones (no fault)": SourceFault(  # the negative control: q is 0 and P is 0 there
         PAGED, "other=0.0)\n    if tile", "other=1.0)\n    if tile", lambda c: c.head_size not in (16, 32, 64, 128)

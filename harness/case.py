@@ -80,6 +80,7 @@ class Case:
     logits_soft_cap: float | None = None
     alibi: bool = False
     sinks: bool = False
+    sink_tokens: int = 0  # so many leading tokens of a sequence are seen although a window has left them behind
     num_splits: int | None = None  # None: the kernel's own path without split-KV
     scale_factor: float = 1.125  # of the softmax scale, in 1/sqrt(head_size): not 1, so that a built-in scale shows
     placement: Placement = Placement()

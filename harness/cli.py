@@ -166,16 +166,16 @@ def _kernels(folders: Sequence[Path]) -> int:
     for contract in find_kernels(folders).values():
         sys.stdout.write(f"{contract.name:<30} {contract.content.value:<9} {contract.about}\n")
         sys.stdout.write(f"{'':<30} features: {', '.join(sorted(contract.features))}\n")
-        for dtype in sorted(contract.dtypes):
-            known = " (unknown)" if contract.numerics == UNKNOWN else ""
-            hidden = cost(contract.numerics, dtype) or "nothing is hidden by roundings of P"
-            sys.stdout.write(f"{'':<30} numerics{known}, {dtype}: {hidden}\n")
+        for kernel, numerics in (("", contract.numerics), *contract.numerics_by_kernel):
+            known = f" of {kernel}" if kernel else " (unknown)" if numerics == UNKNOWN else ""
+            for dtype in sorted(contract.dtypes):
+                hidden = cost(numerics, dtype) or "nothing is hidden by roundings of P"
+                sys.stdout.write(f"{'':<30} numerics{known}, {dtype}: {hidden}\n")
     for writer in find_writers(folders).values():
         sys.stdout.write(f"{writer.name:<30} {'writer':<9} {writer.about}\n")
         sys.stdout.write(f"{'':<30} features: {', '.join(sorted(writer.features))}\n")
-        sys.stdout.write(
-            f"{'':<30} stores: {', '.join(sorted(writer.kv_dtypes))} in {', '.join(sorted(writer.layouts))}\n"
-        )
+        stored, layouts = ", ".join(sorted(writer.kv_dtypes)), ", ".join(sorted(writer.layouts))
+        sys.stdout.write(f"{'':<30} stores: {stored} in {layouts}\n")
     return 0
 
 

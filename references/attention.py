@@ -8,7 +8,8 @@ For query row i of a sequence, at position t = seq_len - query_len + i, and key 
     m = max(s_j, sink);   x_j = exp(s_j - m);   l = sum x_j + exp(sink - m);   p_j = x_j / l
     out = sum p_j v_j;    lse = m + ln l
 
-A row sees 0 <= j < seq_len, j <= t if causal, t - j < sliding_window if there is a window. A row that sees nothing
+A row sees 0 <= j < seq_len, j <= t if causal, and t - j < sliding_window or
+j < sink_tokens if there is a window. A row that sees nothing
 has out 0 and lse -inf, or the sink.
 """
 
@@ -131,7 +132,8 @@ def _visible(
         position = torch.tensor(list(chain(*positions)), dtype=torch.int64)
     end = torch.minimum(position + 1, seq_len) if inputs.causal else seq_len
     first = torch.zeros_like(end) if inputs.sliding_window is None else position - inputs.sliding_window + 1
-    return (end - first.clamp(min=0)).clamp(min=0), sequence
+    first = first.clamp(min=0)
+    return (end - first + first.clamp(max=inputs.sink_tokens)).clamp(min=0), sequence
 
 
 def _attend_batch(
@@ -170,7 +172,7 @@ def _by_head(values: torch.Tensor) -> torch.Tensor:
 def _widest_span(inputs: AttentionInputs, batch: Batch) -> int:
     """Upper bound on the number of keys of any tile."""
     consecutive = all(isinstance(s.positions, range) for s in batch.sequences)
-    if inputs.sliding_window is None or not inputs.causal or not consecutive:
+    if inputs.sliding_window is None or inputs.sink_tokens or not inputs.causal or not consecutive:
         return batch.num_keys
     return min(batch.num_keys, inputs.sliding_window + min(batch.num_rows, CAUSAL_TILE_ROWS))
 

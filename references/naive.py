@@ -81,6 +81,8 @@ def sees(inputs: AttentionInputs, position: int, key: int) -> bool:
     """Whether the query at `position` sees the key at position `key`."""
     if inputs.causal and key > position:
         return False
+    if key < inputs.sink_tokens:
+        return True
     return inputs.sliding_window is None or position - key < inputs.sliding_window
 
 

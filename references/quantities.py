@@ -30,6 +30,7 @@ class AttentionInputs:
     logits_soft_cap: float | None = None
     alibi_slopes: torch.Tensor | None = None  # [num_q_heads]
     sinks: torch.Tensor | None = None  # [num_q_heads] logits, not scaled again
+    sink_tokens: int = 0  # leading keys of each sequence that the window does not hide
     q_cached: torch.Tensor | None = None  # [num_tokens, num_q_heads, head_size] instead of q, for keys < cached_lens
     cached_lens: tuple[int, ...] | None = None  # per sequence; for q_cached and Rounding.cached
     weight_scale: torch.Tensor | None = None  # [num_keys, num_kv_heads] > 0: folded into P before P is rounded

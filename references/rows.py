@@ -84,7 +84,8 @@ def attention_rows(inputs: AttentionInputs, sequences: Sequence[int], rows: Sequ
     if inputs.causal:
         visible = visible & (distance <= 0)
     if inputs.sliding_window is not None:
-        visible = visible & (-distance < inputs.sliding_window)
+        sink = torch.arange(keys.shape[1], device=device) < inputs.sink_tokens  # [n]
+        visible = visible & ((-distance < inputs.sliding_window) | sink)
     visible = visible.repeat_interleave(group, dim=1)[:, None]  # [num_seqs, 1, R * group, n]
     scores = scores.masked_fill(~exists[:, None, None], float("-inf"))
 

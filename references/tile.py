@@ -25,7 +25,7 @@ class Tile:
     rows: slice
     kv_heads: slice
     positions: torch.Tensor  # [num_seqs, num_rows] of the query rows
-    first: torch.Tensor  # [num_seqs, num_rows] first key seen
+    first: torch.Tensor  # [num_seqs, num_rows] first key seen, sink tokens aside
     end: torch.Tensor  # [num_seqs, num_rows] one behind the last key seen
     span: slice
     common: slice
@@ -92,7 +92,8 @@ def make_tile(inputs: AttentionInputs, batch: Batch, rows: slice, kv_heads: slic
         first = (positions - (inputs.sliding_window - 1)).clamp_(min=0)
     if inputs.causal:
         end = torch.minimum(positions + 1, end)
-    span, common = slice(min(firsts), max(ends)), slice(max(firsts), min(ends))
+    start = 0 if inputs.sink_tokens else min(firsts)
+    span, common = slice(start, max(ends)), slice(max(firsts), min(ends))
     return Tile(inputs, batch, rows, kv_heads, positions, first, end, span, common)
 
 
@@ -125,7 +126,7 @@ def _scores(tile: Tile, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         whole.addcmul_(tile.per_head(inputs.alibi_slopes), distance[:, None, :, None])
     if tile.common.start > span.start:
         some = slice(0, tile.common.start - span.start)
-        hidden = key[some] < tile.first[:, :, None]  # [num_seqs, num_rows, keys]
+        hidden = (key[some] < tile.first[:, :, None]) & (key[some] >= inputs.sink_tokens)  # [num_seqs, num_rows, keys]
         whole[..., some].masked_fill_(hidden[:, None, :, None], float("-inf"))
     if tile.common.stop < span.stop:
         some = slice(max(tile.common.stop - span.start, 0), None)

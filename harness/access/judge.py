@@ -119,7 +119,7 @@ class _Judge:
             cells = reads.covered(sources, dims)
             seen[cells] = True
             for pair, tokens in self._pairs(part):
-                first, end = self._needed(scope, pair[0], tokens)  # [n]
+                tokens, first, end = self._needed(scope, pair[0], tokens)  # [n]
                 places = _unseen(seen, scope, pair, first, end)
                 if len(places):
                     waiting = tokens[(first <= places[0]) & (places[0] < end)]
@@ -170,14 +170,22 @@ class _Judge:
             return [(divmod(int(code[0]), self._case.num_kv_heads), part.tokens)]
         return [(divmod(one, self._case.num_kv_heads), part.tokens[code == one]) for one in np.unique(code).tolist()]
 
-    def _needed(self, scope: Scope, sequence: int, tokens: Ints) -> tuple[Ints, Ints]:
-        """Places [first, end) of `scope` that the rows `tokens` [n] of one sequence see: [n] each."""
+    def _needed(self, scope: Scope, sequence: int, tokens: Ints) -> tuple[Ints, Ints, Ints]:
+        """Places [first, end) of `scope` that rows of one sequence see: the row, first and end of each range, [n] each.
+
+        `tokens` [k] are the rows; those that see sink tokens have two ranges.
+        """
         assert scope.must is not None
         low, high = scope.must[sequence]
+        with_sinks = tokens[self._rows.sinks[tokens] > 0]
+        last_sink = np.clip(-(-self._rows.sinks[with_sinks] // scope.tokens_per_place), low, high)
         first = np.clip(self._rows.first[tokens] // scope.tokens_per_place, low, high)
         end = np.clip(-(-self._rows.end[tokens] // scope.tokens_per_place), low, high)
         nothing = self._rows.end[tokens] <= self._rows.first[tokens]
-        return first, np.where(nothing, first, np.maximum(first, end))
+        end = np.where(nothing, first, np.maximum(first, end))
+        parts = (tokens, with_sinks), (first, np.full_like(last_sink, low)), (end, last_sink)
+        rows, firsts, ends = (np.concatenate(part) for part in parts)
+        return rows, firsts, ends
 
     def _order(self, program: int) -> tuple[int, Program]:
         """Programs as the grid counts them, not as the seed of their order has them run."""

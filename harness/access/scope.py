@@ -37,22 +37,25 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of the output: the sequence of each, and the positions [first, end) that it sees."""
+    """Rows of the output: the sequence of each, and the positions that it sees, [first, end) and [0, sinks)."""
 
     sequence: Ints  # [num_tokens]
     first: Ints  # [num_tokens]
     end: Ints  # [num_tokens]; no more than `first` where nothing is seen
+    sinks: Ints  # [num_tokens]
 
     @classmethod
     def of(cls, case: Case) -> Rows:
-        sequence, first, end = [], [], []
+        sequence, first, end, sinks = [], [], [], []
         for seq, (query_len, context_len) in enumerate(zip(case.rows.query_lens, case.rows.context_lens, strict=True)):
             query_pos = torch.arange(context_len, context_len + query_len)
-            seen = visible_range(query_pos, context_len + query_len, case.causal, case.sliding_window)
+            seq_len = context_len + query_len
+            seen = visible_range(query_pos, seq_len, case.causal, case.sliding_window, case.sink_tokens)
             sequence.append(np.full(query_len, seq))
-            first.append(seen[0].numpy())
-            end.append(np.maximum(seen[1].numpy(), seen[0].numpy()))
-        return cls(np.concatenate(sequence), np.concatenate(first), np.concatenate(end))
+            first.append(seen.first.numpy())
+            end.append(np.maximum(seen.end.numpy(), seen.first.numpy()))
+            sinks.append(seen.sinks.numpy())
+        return cls(np.concatenate(sequence), np.concatenate(first), np.concatenate(end), np.concatenate(sinks))
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Scope:
     base: tuple[Ints, ...]  # cell of KV head 0 at each place, by sequence
     paged: bool  # cells are (page, slot, head): see `places_per_page`
     places_per_page: int = 1
+    sinks: tuple[int, ...] = ()  # so many leading places may be read as well, by sequence; (): none
 
     def cells(self, pair: Pair, places: Ints) -> Ints:
         """Cells of `places` [n] of one sequence and KV head: [n]"""
@@ -75,7 +79,8 @@ class Scope:
 
     def allowed(self, pair: Pair) -> Ints:
         first, end = self.may[pair[0]]
-        return self.cells(pair, np.arange(first, end))
+        leading = min(self.sinks[pair[0]], first) if self.sinks else 0
+        return self.cells(pair, np.concatenate([np.arange(leading), np.arange(first, end)]))
 
     def page_and_slot(self, cell: int) -> tuple[int | None, int | None]:
         """Physical page and slot of a cell, where it has them."""
@@ -153,6 +158,7 @@ class _Lengths:
     cached: tuple[int, ...]  # leading tokens that the cache holds
     pages: tuple[int, ...]  # that hold them
     alive: tuple[int, ...]  # first position that is not dead, where its page begins
+    sinks: tuple[int, ...]  # leading positions before it that are not dead either, up to the end of their page
 
     @classmethod
     def of(cls, case: Case, contract: Contract) -> _Lengths:
@@ -160,7 +166,8 @@ class _Lengths:
         cached = tuple(contract.content.cached_len(q, c) for q, c in lens)
         pages = tuple(-(-n // case.page_size) for n in cached)
         dead = dead_columns(case, contract.content, contract.window_pages)
-        return cls(cached, pages, tuple(columns.stop * case.page_size for columns in dead))
+        alive = tuple(columns.stop * case.page_size for columns in dead)
+        return cls(cached, pages, alive, tuple(columns.start * case.page_size for columns in dead))
 
 
 def _table(table: torch.Tensor, room: int, lengths: _Lengths) -> Scope | None:
@@ -202,7 +209,7 @@ def _of_slots(name: str, grid: Grid | None, case: Case, cache: KVCache, room: in
     ends = zip(lengths.alive, lengths.cached, base, strict=True)
     may = tuple((first, min(n + room, len(cells))) for first, n, cells in ends)
     must = tuple((0, n) for n in lengths.cached)
-    return Scope(name, grid, may, must, 1, case.num_kv_heads, tuple(base), True, case.page_size)
+    return Scope(name, grid, may, must, 1, case.num_kv_heads, tuple(base), True, case.page_size, lengths.sinks)
 
 
 def _descales(tensor: torch.Tensor, case: Case, cache: KVCache, lengths: _Lengths) -> Scope | None:
@@ -212,7 +219,9 @@ def _descales(tensor: torch.Tensor, case: Case, cache: KVCache, lengths: _Length
     base = tuple(np.array(owned, dtype=np.int64) * case.num_kv_heads for owned in cache.pages)
     may = tuple((first // case.page_size, n) for first, n in zip(lengths.alive, lengths.pages, strict=True))
     must = tuple((0, n) for n in lengths.pages)
-    return Scope("kv_block_descale", grid, may, must, case.page_size, case.num_kv_heads, base, paged=True)
+    sinks = tuple(n // case.page_size for n in lengths.sinks)
+    heads = case.num_kv_heads
+    return Scope("kv_block_descale", grid, may, must, case.page_size, heads, base, paged=True, sinks=sinks)
 
 
 def _of_heads(name: str, tensor: torch.Tensor, case: Case, lengths: _Lengths) -> Scope | None:

@@ -68,4 +68,5 @@ def reaching_descales(
     """`compact` [num_pages, ...] with pages as far apart as `at` says, its pool and decoys. Raises MemoryError."""
     cells = DescaleCells.of(problem, name, pages, live)
     values = cells.values(problem)
-    return reaching_rows(name, compact, addressing(at), cells.cells, lambda number: values * (1 + number / 4))
+    used = torch.tensor(sorted({page for owned in pages for page in owned}), device=compact.device)
+    return reaching_rows(name, compact, used, addressing(at), cells.cells, lambda number: values * (1 + number / 4))

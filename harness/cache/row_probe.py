@@ -34,26 +34,31 @@ class Cells:
 
 
 def reaching_rows(
-    name: str, content: torch.Tensor, at: Addressing, cells: Cells, decoy: Callable[[int], torch.Tensor]
+    name: str,
+    content: torch.Tensor,
+    rows: torch.Tensor,
+    at: Addressing,
+    cells: Cells,
+    decoy: Callable[[int], torch.Tensor],
 ) -> tuple[torch.Tensor, Pool, tuple[Decoy, ...]]:
-    """`content` [rows, ...] with rows as far apart as `at` says, its pool, and what lies where faults would read; rows
-    of `cells` keep their content.
+    """`content` [n, ...] as far apart as `at` says, its pool, and what lies where faults would read. Of its rows `rows`
+    [k] are there and stay what they are, the others are poison.
 
     `decoy` gives, for numbers from 1 up, what stands in for the elements of `cells`: [n, m]. Raises MemoryError.
     """
-    row = torch.arange(len(content), device=content.device)[:, None] * at.stride
-    rows = row + torch.arange(content[0].numel(), device=content.device)  # [rows, elements of a row]
+    kept = rows[:, None] * at.stride + torch.arange(content[0].numel(), device=content.device)  # [k, elements of a row]
     moved = [cells.moved(at, fault) for fault in FAULTS]
-    own: list[Interval] = pieces(rows * at.itemsize)
+    own: list[Interval] = pieces(kept * at.itemsize)
     for offsets in moved:
         own += pieces(offsets * at.itemsize)
-    extent = Extent(-min(0, *(first for first, _ in own)), max(end for _, end in own), at.low_bits)
+    last = len(content) * at.stride * at.itemsize
+    extent = Extent(-min(0, *(first for first, _ in own)), max(last, *(end for _, end in own)), at.low_bits)
     pool = make_pool(extent, own, content.device)
     shape = tuple(content.shape)
     far = pool.view(content.dtype, shape, strides_of(shape, at.stride))
-    far.copy_(content)
+    far[rows] = content[rows]
     memory = bits_of(pool.bytes[: len(pool.bytes) // at.itemsize * at.itemsize].view(content.dtype))  # [elements]
-    taken = [rows[cells.row[:, 0]].flatten()]
+    taken = [kept.flatten()]
     decoys: list[Decoy] = []
     for offsets in moved:
         free = ~torch.isin(offsets, torch.cat(taken))

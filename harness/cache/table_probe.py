@@ -30,7 +30,8 @@ def addressing(reach: RowGeometry) -> Addressing:
 def reaching_table(table: torch.Tensor, reach: RowGeometry, cells: Cells) -> tuple[torch.Tensor, Pool]:
     """`table` [num_seqs, width] int32 with rows as far apart as `reach` says, and its pool. Raises MemoryError."""
     ids = table[cells.row, cells.inner]  # [n, 1]
-    far, pool, _ = reaching_rows("table", table, addressing(reach), cells, lambda turn: ids.roll(turn, 0))
+    rows = torch.arange(len(table), device=table.device)
+    far, pool, _ = reaching_rows("table", table, rows, addressing(reach), cells, lambda turn: ids.roll(turn, 0))
     return far, pool
 
 

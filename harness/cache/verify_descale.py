@@ -31,6 +31,7 @@ _BUFFERS = {  # name: granularities that hand it over
     "k_token_descale": ("token",),
     "v_token_descale": ("token",),
 }
+_UNREAD = "a finite descale hides that it is read"
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,12 @@ def _verify(name: str, tensor: torch.Tensor, parts: Iterator[_Part], cache: KVCa
         wrong = ((got != part.want) & ~(got.isnan() & part.want.isnan())).nonzero()
         if len(wrong):
             index = wrong[0].tolist()
+            want = float(part.want[tuple(index)])
             raise SetupBug(
                 name,
-                f"{_number(float(part.want[tuple(index)]))}{part.whose(index)}",
+                f"{_number(want)}{part.whose(index)}",
                 _describe(float(got[tuple(index)]), name, tensor),
-                "a finite descale hides that it is read"
-                if math.isnan(float(part.want[tuple(index)]))
-                else "the descale that the payload was quantised with",
+                _UNREAD if math.isnan(want) else "the descale that the payload was quantised with",
             )
     for decoy in (d for d in cache.decoys if d.which == name):
         dead.take(decoy.offsets)
@@ -87,7 +87,7 @@ def _verify(name: str, tensor: torch.Tensor, parts: Iterator[_Part], cache: KVCa
             name,
             f"NaN in {where} where no sequence has a descale",
             f"{float(flat[stray]):g}",
-            "a finite descale hides that it is read",
+            _UNREAD,
         )
 
 
@@ -135,15 +135,11 @@ def _scales(problem: Problem, name: str, tensor: torch.Tensor) -> _Part:
     offsets = int(tensor.storage_offset()) + torch.arange(len(want), device=want.device) * tensor.stride(0)
     if len(tensor) != len(want):
         raise SetupBug(name, f"{len(want)} descales", f"{len(tensor)}")
-    return _Part(offsets, want, _of_head if problem.case.descales_per == "head" else _of_cache)
-
-
-def _of_cache(at: list[int]) -> str:
-    return ", which the cache was quantised with"
-
-
-def _of_head(at: list[int]) -> str:
-    return f" for kv head {at[0]}"
+    per = problem.case.descales_per
+    if per == "head":
+        return _Part(offsets, want, lambda at: f" for kv head {at[0]}")
+    why = "which the cache was quantised with" if per == "tensor" else f"as descales come by {per}"
+    return _Part(offsets, want, lambda at: f", {why}")
 
 
 def _of_page(seq: int, page: torch.Tensor) -> Callable[[list[int]], str]:

@@ -16,15 +16,19 @@ from harness.problem.masks import visible_range
 
 
 def dead_columns(case: Case, content: Content, window_pages: str) -> tuple[range, ...]:
-    """By sequence: the columns of its row of the page table whose pages are dead; none where they are "live"."""
-    rows, found = case.rows, []
+    """By sequence: the columns of its row of the page table whose pages are dead; none where they are "live".
+
+    They begin behind the pages of sink tokens, and end where the window does.
+    """
+    rows, page, found = case.rows, case.page_size, []
     for query_len, context_len in zip(rows.query_lens, rows.context_lens, strict=True):
-        first = 0
+        first = sinks = 0
         if window_pages == "dead":
-            query_pos = torch.arange(context_len, context_len + query_len)
-            seen = visible_range(query_pos, context_len + query_len, case.causal, case.sliding_window)
-            first = min([*seen[0].tolist(), content.cached_len(query_len, context_len)])
-        found.append(range(first // case.page_size))
+            query_pos, seq_len = torch.arange(context_len, context_len + query_len), context_len + query_len
+            seen = visible_range(query_pos, seq_len, case.causal, case.sliding_window, case.sink_tokens)
+            first = min([*seen.first.tolist(), content.cached_len(query_len, context_len)])
+            sinks = int(seen.sinks.max())
+        found.append(range(min(-(-sinks // page), first // page), first // page))
     return tuple(found)
 
 

@@ -53,6 +53,7 @@ FORMATS: dict[str, Format8] = {
     "fp8e5b16": Format8(2, 16, "fnuz"),
     "fp8e4b15": Format8(3, 15, "none"),
 }
+FNUZ = frozenset(kind for kind in FORMATS.values() if kind.specials == "fnuz")
 NARROW = frozenset({"bf16", *FORMATS})
 _TABLES = {name: fmt.table() for name, fmt in FORMATS.items()}
 _MAGNITUDES = {name: t[:128][np.isfinite(t[:128])].astype(np.float64) for name, t in _TABLES.items()}  # ascending

@@ -86,6 +86,7 @@ def _patch_language(patches: Patches, session: Session) -> None:
     patches.set_attr(interpreter, "_LangPatchScope", lambda: patches)
     patches.set_attr(interpreter, "_patch_attr", _patch_builtin)
     patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    patches.set_attr(tl.dtype, "to_ir", _with_fnuz(tl.dtype.to_ir))
     # Stock 3.6 asks for a 0-dimensional array here, which scalars of the interpreter are not.
     patches.set_attr(tl.tensor, "__index__", lambda tensor: int(tensor.handle.data.item()))
     # Stock builds its table of types anew at each of thousands of calls.
@@ -96,6 +97,17 @@ def _patch_language(patches: Patches, session: Session) -> None:
         hint = _checked_hint(name, session)
         patches.set_attr(tl, name, hint)
         patches.set_attr(tl.core, name, hint)
+
+
+def _with_fnuz(stock: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """dtype.to_ir, which stock knows for every format of 8 bits but the fnuz ones."""
+
+    def to_ir(dtype: Any, builder: Any) -> Any:
+        if narrow.FORMATS.get(dtype.name) in narrow.FNUZ:
+            return getattr(builder, f"get_{dtype.name}_ty")()
+        return stock(dtype, builder)
+
+    return to_ir
 
 
 def _cached_by_name(stock: Callable[[Any], Any]) -> Callable[[Any], Any]:

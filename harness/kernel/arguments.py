@@ -55,6 +55,7 @@ class LaunchArguments:
     v_token_descale: torch.Tensor | None = None
     q_descale: torch.Tensor | None = None  # [1] float32; None where q is stored in `dtype`
     output_scale: torch.Tensor | None = None  # [1] float32: out = value / output_scale; None where out has `dtype`
+    sink_tokens: int = 0  # so many leading tokens of a sequence are seen although the window has left them behind
     dtype: torch.dtype | None = None  # of what is not stored in 8 bits; None: that of q
     allocator: Allocator | None = None  # of `workspace`; None: memory that nobody looks at afterwards
 

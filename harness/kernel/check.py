@@ -203,7 +203,8 @@ def _check_live(contract: Contract, case: Case, args: LaunchArguments, name: str
         page = ids if per_page else ids[place // case.page_size]  # [count]
         found = tensor[page] if per_page else tensor[page, place % case.page_size]  # [count, kv_heads(, 2)]
         dead = ~((found > 0) & found.isfinite())
-        dead[: gone[seq].stop * (1 if per_page else case.page_size)] = False
+        per_column = 1 if per_page else case.page_size
+        dead[gone[seq].start * per_column : gone[seq].stop * per_column] = False
         if bool(dead.any()):
             at = dead.nonzero()[0].tolist()
             where = f"page {int(page[at[0]])} of sequence {seq}, kv head {at[1]}"

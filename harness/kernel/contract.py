@@ -6,7 +6,7 @@ whatever a contract does not admit is UNSUPPORTED, with the clause that says so,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ FEATURES: dict[str, str] = {
     "logits_soft_cap": "a soft cap on the logits",
     "alibi": "ALiBi slopes",
     "sinks": "attention sinks (one virtual logit per head)",
+    "sink_tokens": "leading tokens that stay visible outside of the sliding window",
     "split_kv": "the split-KV path (num_splits)",
     "softmax_scale": "a softmax scale other than 1/sqrt(head_size) (scale_factor)",
     "head_size_v": "a V head size that differs from K's",
@@ -58,6 +59,7 @@ class Contract:
     page_sizes: frozenset[int] | None = None  # None: any
     head_sizes: frozenset[int] | None = None  # None: any
     max_gqa_ratio: int | None = None  # None: any
+    refuses: Callable[[Case], str | None] | None = None  # what else it does not take: the clause, or None
     index_dtype: str = "int32"
     tail: str = "nan"  # nan: loads behind the last token are masked | loud: masked after the product, so finite only
     window_pages: str = "live"  # live: pages that left the window are still there | dead: they must not be touched
@@ -70,6 +72,7 @@ class Contract:
     needs: tuple[str, ...] = ()  # importable modules beyond torch, e.g. ("triton",)
     install_hint: str = ""  # one line: what to install when `needs` is not met
     numerics: NumericsProfile = field(default_factory=NumericsProfile)
+    numerics_by_kernel: tuple[tuple[str, NumericsProfile], ...] = ()  # of device kernels that round otherwise
     folder: Path | None = None  # set by the registry
     writers: tuple[WriterContract, ...] = ()  # set by the registry: those that a case may name to fill the cache
 
@@ -86,6 +89,8 @@ class Contract:
         yield from wrong_words(self, {"features": frozenset(FEATURES), "arithmetic_by": frozenset(TWIN_AXES)})
         if self.dispatch is not None and (foreign := sorted(self.dispatch.every_kernel - set(self.launches))):
             yield f"dispatch leads to {foreign[0]}, which launches does not name"
+        if strangers := sorted({name for name, _ in self.numerics_by_kernel} - set(self.launches)):
+            yield f"numerics_by_kernel has {strangers[0]}, which launches does not name"
         if self.window_pages not in ("live", "dead"):
             yield f"window_pages is live or dead, not {self.window_pages!r}"
 
@@ -119,6 +124,12 @@ class Contract:
         decided = None if self.dispatch is None else self.dispatch.of(case)
         return frozenset(self.launches if decided is None else decided.kernels)
 
+    def rounding_as(self, case: Case) -> Contract:
+        """This contract with the numerics of the device kernel that `case` must launch."""
+        taken = self.must_launch(case)
+        own = next((numerics for name, numerics in self.numerics_by_kernel if name in taken), self.numerics)
+        return replace(self, numerics=own)
+
     def unsupported(self, case: Case) -> str | None:
         """The clause of this contract that `case` is outside of, or None where the case is admitted."""
         if clause := first_clause(self, case) or self._refused_writer(case):
@@ -131,7 +142,7 @@ class Contract:
             return "tail nan (tails are masked after the product: finite values only)"
         for feature in sorted(required_features(case) - self.features):
             return f"{feature} ({FEATURES[feature]})"
-        return None
+        return None if self.refuses is None else self.refuses(case)
 
     def _refused_writer(self, case: Case) -> str | None:
         if case.writer is None:
@@ -154,6 +165,7 @@ def required_features(case: Case) -> frozenset[str]:
         "logits_soft_cap": case.logits_soft_cap is not None,
         "alibi": case.alibi,
         "sinks": case.sinks,
+        "sink_tokens": case.sink_tokens > 0,
         "split_kv": case.num_splits is not None,
         "softmax_scale": case.scale_factor != 1.0,
         "head_size_v": case.value_size != case.head_size,

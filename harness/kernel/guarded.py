@@ -20,7 +20,7 @@ POISON = {  # by element size: integer type and bits, a NaN in every float type 
 }
 _MINUS_ZERO = 0x80  # the only NaN of the fnuz types
 MARGIN = 512  # elements of red zone on either side
-_CHUNK = 1 << 18  # words of a checksum at a time: temporaries stay in the caches of a CPU
+_CHUNK = {"cpu": 1 << 18, "cuda": 1 << 24}  # words of a checksum at a time: temporaries stay in the caches of a CPU
 
 
 @dataclass(frozen=True)
@@ -119,10 +119,11 @@ def checksum(data: torch.Tensor) -> int:
     """
     whole = data.numel() // 8 * 8
     words = data[:whole].view(torch.int64)  # [bytes / 8]
-    weights = torch.arange(min(_CHUNK, len(words)), dtype=torch.int64, device=data.device) * 2 + 1  # of the first chunk
+    chunk = _CHUNK[data.device.type]
+    weights = torch.arange(min(chunk, len(words)), dtype=torch.int64, device=data.device) * 2 + 1  # of the first chunk
     total = 0
-    for start in range(0, len(words), _CHUNK):
-        part = words[start : start + _CHUNK]
+    for start in range(0, len(words), chunk):
+        part = words[start : start + chunk]
         total += int((part * weights[: len(part)]).sum()) + 2 * start * int(part.sum())
     for i, byte in enumerate(data[whole:].tolist()):
         total += byte * (2 * (words.numel() + i) + 1)

@@ -292,6 +292,7 @@ AXES: Mapping[str, Axis] = {
         _axis("logits_soft_cap", Number(0, whole=False, optional=True, exclusive=True), "cap", "cap * tanh(s / cap)"),
         _axis("alibi", Flag(), "alibi", "bias of slope * (key position - query position)"),
         _axis("sinks", Flag(), "sinks", "one more logit per head in the softmax denominator"),
+        _axis("sink_tokens", Number(0), "sink", "leading tokens that stay visible outside of the sliding window"),
         _axis("num_splits", Number(1, optional=True), "splits", "split-KV parts; none: the path without split-KV"),
         _axis("scale_factor", Number(0, whole=False, exclusive=True), "scale", "softmax scale times sqrt(head_size)"),
         _axis("placement", PlacementValue(), "", "which physical pages a sequence gets"),

@@ -47,11 +47,10 @@ SERVING_AXES = ROWS_AXES | {
     "writer", "steps", "boundary", "boundary_target", "causal", "placement", "data", "num_pages", "pool",
 }  # fmt: skip
 Predicate = Callable[[Mapping[str, Any]], bool]
-_COUPLED = (
-    frozenset({"head_size", "head_size_v"}),
-    frozenset({"q_dtype", "kv_dtype"}),
-    ROWS_AXES,
-)  # axes that one clause of a contract looks at together
+_STORED = frozenset({"dtype", "kv_dtype", "q_dtype"})
+_DESCALED = frozenset({"descales_per", "page_size"})
+_COUPLED = (frozenset({"head_size", "head_size_v"}), _STORED, _DESCALED, ROWS_AXES)  # one clause looks at them together
+_NEVER_ALONE = _STORED | {"kernel", "rows", "head_size_v", "descales_per"}
 TUPLES = {0: "values", 1: "values", 2: "pairs", 3: "triples"}
 _MAX_NAMED = 3  # values without a case, named in a summary
 _CANDIDATES = {0: 1, 1: 1, 2: 12, 3: 4}  # tries per row of a cover: small tiers are worth squeezing
@@ -291,7 +290,7 @@ def contract_constraints(name: str, values: Values, supported: Supported) -> lis
         case = assemble(name, assignment)
         return case is None or supported(case) is None
 
-    groups = [frozenset({axis}) for axis in values if axis not in ("kernel", "rows", "head_size_v")]
+    groups = [frozenset({axis}) for axis in values if axis not in _NEVER_ALONE]
     bases = {kernel: _admitted_case(kernel, values, admitted) for kernel in values["kernel"]}
 
     def clause(group: frozenset[str]) -> Constraint:
@@ -305,7 +304,8 @@ def contract_constraints(name: str, values: Values, supported: Supported) -> lis
 
 
 def _admitted_case(kernel: str, values: Values, admitted: Predicate) -> dict[str, Any] | None:
-    """Some assignment that the contract of `kernel` admits: the plainest, else one drawn from `values`.
+    """Some assignment that the contract of `kernel` admits: the plainest, else one drawn from `values`, made as plain
+    as the contract allows.
 
     A kernel that admits neither the plain case nor any of 2,000 drawn ones takes no part: None.
     """
@@ -315,5 +315,8 @@ def _admitted_case(kernel: str, values: Values, admitted: Predicate) -> dict[str
         drawn = {axis: rng.choice((plain[axis], *values[axis])) for axis in values if axis not in ("kernel", "rows")}
         candidate = plain | drawn if attempt else plain
         if admitted(candidate):
+            for axis, value in plain.items():
+                if admitted({**candidate, axis: value}):
+                    candidate[axis] = value
             return candidate
     return None

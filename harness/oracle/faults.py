@@ -9,13 +9,25 @@ is a page that is read from its neighbour's place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from harness.cache.content import Content
 from harness.case import Case
+from harness.oracle.payload_faults import (
+    ENCODINGS,
+    OTHER_HEADS,
+    OTHER_SLOTS,
+    Change,
+    no_8_bit_output,
+    no_8_bit_query,
+    one_head,
+    one_slot,
+    output_scale_dropped,
+    q_descale_dropped,
+)
 from harness.oracle.scene import PLACES, Outcome, Rows, Scene, per_head, seen_at
 from harness.oracle.stale import NEIGHBOUR, STEPS, Stale
 
@@ -23,7 +35,6 @@ GAIN = 1.02  # of the faults that scale: about what the descales of two neighbou
 STALE_TILE = 64  # keys per tile that has the descale of a neighbouring page
 SPLIT_TILES = (16, 64)  # keys per tile of a split: kernels give whole tiles to a split
 
-Change = Callable[[Scene], Rows | Outcome | None]
 Excuse = Callable[[Case, Content], str | None]  # why a case cannot have the fault, or None
 
 
@@ -64,10 +75,12 @@ def _newest_token(decodes: bool) -> Change:
 
 def _window(step: int) -> Change:
     def change(scene: Scene) -> Rows | None:
-        window = scene.case.sliding_window
+        case, window = scene.case, scene.case.sliding_window
         if window is None or window >= scene.seq_len:
             return None
-        return replace(scene.rows, seen=seen_at(scene.rows.distance, scene.case.causal, window + step))
+        if scene.seq_len - window - (step > 0) < case.sink_tokens:
+            return None  # the key at the edge is a sink token, even of the newest row
+        return replace(scene.rows, seen=seen_at(scene.rows.distance, case.causal, window + step, case.sink_tokens))
 
     return change
 
@@ -76,13 +89,26 @@ def _causal(step: int) -> Change:
     def change(scene: Scene) -> Rows | None:
         if not scene.case.causal or (step > 0 and scene.query_len == 1):
             return None  # behind the newest token there is none
-        seen = seen_at(scene.rows.distance, True, scene.case.sliding_window, ahead=step)
+        case = scene.case
+        seen = seen_at(scene.rows.distance, True, case.sliding_window, case.sink_tokens, ahead=step)
         return replace(scene.rows, seen=seen)
 
     return change
 
 
-def _page_swap(place: Callable[[range], int]) -> Change:
+def _sink_tokens(kept: Callable[[int], int]) -> Change:
+    def change(scene: Scene) -> Rows | None:
+        case = scene.case
+        left_behind = 0 if case.sliding_window is None else scene.seq_len - case.sliding_window
+        wrong = kept(case.sink_tokens)
+        if left_behind <= min(case.sink_tokens, wrong):
+            return None  # what differs is in the window of every row
+        return replace(scene.rows, seen=seen_at(scene.rows.distance, case.causal, case.sliding_window, wrong))
+
+    return change
+
+
+def _page_swap(place: Callable[[Sequence[int]], int]) -> Change:
     def change(scene: Scene) -> Rows | None:
         pages = scene.cached_pages
         if not pages or scene.cached_len <= scene.case.page_size:
@@ -100,25 +126,32 @@ def _page_swap(place: Callable[[range], int]) -> Change:
     return change
 
 
-def _k_descale(place: Callable[[range], int]) -> Change:
+def _under_one_descale(scene: Scene, place: Callable[[Sequence[int]], int]) -> slice | None:
+    """Cached tokens whose descale is wrong where one is: a page, but all tokens where a head has one descale."""
+    if not scene.cached_pages:
+        return None
+    return slice(0, scene.cached_len) if scene.case.descales_per == "head" else scene.slots(place(scene.cached_pages))
+
+
+def _k_descale(place: Callable[[Sequence[int]], int]) -> Change:
     def change(scene: Scene) -> Rows | None:
-        pages = scene.cached_pages
-        if not pages:
+        slots = _under_one_descale(scene, place)
+        if slots is None:
             return None
         dots = scene.rows.dots.clone()
-        dots[..., scene.slots(place(pages))] *= GAIN
+        dots[..., slots] *= GAIN
         return replace(scene.rows, dots=dots)
 
     return change
 
 
-def _v_descale(place: Callable[[range], int]) -> Change:
+def _v_descale(place: Callable[[Sequence[int]], int]) -> Change:
     def change(scene: Scene) -> Rows | None:
-        pages = scene.cached_pages
-        if not pages:
+        slots = _under_one_descale(scene, place)
+        if slots is None:
             return None
         v = scene.rows.v.clone()
-        v[:, scene.slots(place(pages))] *= GAIN
+        v[:, slots] *= GAIN
         return replace(scene.rows, v=v)
 
     return change
@@ -248,10 +281,18 @@ def _no_transition(case: Case, content: Content) -> str | None:
     return _one_page(case, content) if case.descales_per == "page" else "descales are not by page"
 
 
+def _both(first: Excuse, second: Excuse) -> Excuse:
+    return lambda case, content: first(case, content) or second(case, content)
+
+
 def _no_window(case: Case, content: Content) -> str | None:
     if case.sliding_window is None:
         return "no window"
     return "every sequence fits in the window" if case.sliding_window >= max(case.rows.seq_lens) else None
+
+
+def _no_sink_tokens(case: Case, content: Content) -> str | None:
+    return "no sink tokens" if case.sink_tokens == 0 else _no_window(case, content)
 
 
 def _one_page(case: Case, content: Content) -> str | None:
@@ -280,7 +321,7 @@ def stale_label(tensors: str, step: int) -> str:
     return f"of {tensors}, one tile {'early' if step > 0 else 'late'}"
 
 
-def _at_places(change: Callable[[Callable[[range], int]], Change]) -> dict[str, Change]:
+def _at_places(change: Callable[[Callable[[Sequence[int]], int]], Change]) -> dict[str, Change]:
     return {label: change(place) for label, place in PLACES.items()}
 
 
@@ -310,6 +351,16 @@ FAULT_MODELS: Mapping[str, Fault] = {
             {"one key more": _causal(1), "one key less": _causal(-1)},
             _SHORTER,
         ),
+        Fault(
+            "sink_tokens",
+            _no_sink_tokens,
+            {
+                "dropped": _sink_tokens(lambda number: 0),
+                "one more": _sink_tokens(lambda number: number + 1),
+                "one less": _sink_tokens(lambda number: number - 1),
+            },
+            "fewer sink_tokens or a smaller sliding_window, or data: probe",
+        ),
         Fault("page_swap", _one_page, _at_places(_page_swap), _FEWER_PAGES),
         Fault("k_descale", _no_descale, _at_places(_k_descale), _FEWER_PAGES, graded=True),
         Fault("v_descale", _no_descale, _at_places(_v_descale), _FEWER_PAGES, graded=True),
@@ -321,6 +372,16 @@ FAULT_MODELS: Mapping[str, Fault] = {
             "descales: loud, or more query heads",
             graded=True,
         ),
+        Fault(
+            "descale_head",
+            _both(_no_descale, one_head),
+            OTHER_HEADS,
+            "descales: loud",
+        ),
+        Fault("descale_slot", _both(_no_descale, one_slot), OTHER_SLOTS, "descales: loud, or shorter rows"),
+        Fault("encoding", _no_descale, ENCODINGS, "values far above the tolerance: data: normal"),
+        Fault("q_descale", no_8_bit_query, {"": q_descale_dropped}, "scores that differ: data: normal"),
+        Fault("output_scale", no_8_bit_output, {"": output_scale_dropped}, "data: normal"),
         Fault("softmax_scale", _never, {"": _softmax_scale}, "scores that differ: data: probe", graded=True),
         Fault("gqa_mapping", _one_mapping, {"": _gqa_mapping}, "values that differ by head: data: normal"),
         Fault(

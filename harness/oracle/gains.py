@@ -20,6 +20,7 @@ TOKEN_VALUE = "values of token"
 OLDEST_WEIGHT = "oldest key"  # of what each row sees: the left edge of a window
 NEWEST_WEIGHT = "newest key"  # of what each row sees: the causal edge
 BEYOND_OLDEST, BEYOND_NEWEST = "key left of the window", "key behind the query"
+SINK_TOKENS, BEYOND_SINKS = "sink tokens", "key behind the sink tokens"
 HEAD_MODULO, HEAD_SHIFT = "kv head modulo", "kv head shifted"
 SPLIT_WEIGHT, SPLIT_AVERAGE = "split weight", "splits averaged"
 ROW_GAIN = "row gain"

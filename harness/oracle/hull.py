@@ -29,6 +29,10 @@ def judge_hull(inputs: AttentionInputs, out: torch.Tensor, profile: NumericsProf
     low, high = attended_range(inputs)  # [num_tokens, num_kv_heads, head_size_v] each
     slack = _slack(low, high, inputs, profile, q_dtype)
     low, high = (low - slack)[:, :, None], (high + slack)[:, :, None]
+    out_type = element_type(profile.out_type(q_dtype))
+    if out_type.size == 1:  # what lies beyond its range is stored as its end
+        largest = out_type.largest * profile.out_scale
+        low, high = low.clamp(max=largest), high.clamp(min=-largest)
     by_kv_head = out.view(num_tokens, heads, num_q_heads // heads, size).to(low.dtype)
     over = torch.maximum(by_kv_head - high, low - by_kv_head)  # > 0 outside; NaN compares false
     outside = over > 0
@@ -48,40 +52,58 @@ def attended_range(inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]
     [num_tokens, num_kv_heads, head_size_v] each, in the dtype of v. Ranges of keys are covered by two overlapping runs
     of 2^level keys, whose extremes come from those of the level below.
     """
-    first, end = _key_ranges(inputs)
-    extremes = torch.cat((inputs.v, -inputs.v), dim=2)  # [num_keys, heads, 2 dv]; level 0: runs of one key
-    highest = inputs.v.new_zeros(len(first), *extremes.shape[1:])
-    level_of = torch.floor(torch.log2((end - first).clamp(min=1).double())).long()  # exact below 2^50
-    level_of[end <= first] = -1
-    order = level_of.argsort()
-    counts = torch.bincount(level_of + 1).tolist()  # rows that see nothing, then of each level
-    index = torch.stack((order, first[order], end[order])).to(inputs.v.device)  # one transfer
-    start = counts[0]
-    for level, count in enumerate(counts[1:]):
-        if level:
-            extremes = torch.maximum(extremes[: -(1 << level - 1)], extremes[1 << level - 1 :])
-        rows, left, right = index[:, start : start + count]
-        if count:
-            highest[rows] = torch.maximum(extremes[left], extremes[right - (1 << level)])
-        start += count
+    start, first, end = _key_ranges(inputs)
+    extremes = torch.cat((inputs.v, -inputs.v), dim=2)  # [num_keys, heads, 2 dv]
+    highest = _largest(extremes, first, end)
+    if inputs.sink_tokens:
+        behind = (first - start).clamp(max=inputs.sink_tokens)  # sink tokens that the window has left behind
+        of_sinks = _largest(extremes, start, start + behind)
+        has_some = (behind > 0).to(highest.device)[:, None, None]
+        highest = torch.where(has_some, torch.maximum(highest, of_sinks), highest)
     high, low = highest.tensor_split(2, dim=2)
     if inputs.sinks is not None:
         high, low = high.clamp(min=0), low.clamp(min=0)  # low is negated still
     return -low, high
 
 
-def _key_ranges(inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """Packed keys [first, end) that each token sees, int64 [num_tokens], on the CPU."""
-    firsts, ends, start = [], [], 0
+def _largest(values: torch.Tensor, first: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+    """Largest of `values` [num_keys, heads, n] over keys [first, end), [num_tokens] each; 0 where there are none.
+
+    [num_tokens, heads, n]
+    """
+    highest = values.new_zeros(len(first), *values.shape[1:])
+    level_of = torch.floor(torch.log2((end - first).clamp(min=1).double())).long()  # exact below 2^50
+    level_of[end <= first] = -1
+    order = level_of.argsort()
+    counts = torch.bincount(level_of + 1).tolist()  # rows that see nothing, then of each level
+    index = torch.stack((order, first[order], end[order])).to(values.device)  # one transfer
+    start = counts[0]
+    for level, count in enumerate(counts[1:]):
+        if level:
+            values = torch.maximum(values[: -(1 << level - 1)], values[1 << level - 1 :])
+        rows, left, right = index[:, start : start + count]
+        if count:
+            highest[rows] = torch.maximum(values[left], values[right - (1 << level)])
+        start += count
+    return highest
+
+
+def _key_ranges(inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of each token the first key of its sequence, and the keys [first, end) that it sees, sink tokens aside.
+
+    Packed, int64 [num_tokens], on the CPU.
+    """
+    starts, firsts, ends, start = [], [], [], 0
     for query_len, seq_len in zip(inputs.query_lens, inputs.seq_lens, strict=True):
         position = torch.arange(seq_len - query_len, seq_len)
         window = inputs.sliding_window
         first = torch.zeros_like(position) if window is None else (position - window + 1).clamp(min=0)
         end = (position + 1).clamp(min=0) if inputs.causal else torch.full_like(position, seq_len)
+        starts.append(torch.full_like(first, start))
         firsts.append(start + first)
         ends.append(start + torch.maximum(end, first) if seq_len else start + first)
         start += seq_len
-    return torch.cat(firsts), torch.cat(ends)
+    return torch.cat(starts), torch.cat(firsts), torch.cat(ends)
 
 
 def _slack(

@@ -19,6 +19,7 @@ from harness.oracle.findings import Findings
 from harness.oracle.gains import (
     BEYOND_NEWEST,
     BEYOND_OLDEST,
+    BEYOND_SINKS,
     HEAD_MODULO,
     HEAD_SHIFT,
     K_DESCALE,
@@ -26,6 +27,7 @@ from harness.oracle.gains import (
     OLDEST_WEIGHT,
     PAGE_WEIGHT,
     ROW_GAIN,
+    SINK_TOKENS,
     SPLIT_AVERAGE,
     SPLIT_WEIGHT,
     TOKEN_VALUE,
@@ -141,7 +143,7 @@ def _signatures(
         slots = list(enumerate(pages))
         yield [Gain(K_DESCALE, 1.0, 0.0, slot=slot, page=page) for slot, page in slots], by_key[:, :-1]
         yield [Gain(V_DESCALE, 1.0, 0.0, slot=slot, page=page) for slot, page in slots], by_value[:, :-1]
-    yield from _edges(rows)
+    yield from _edges(rows, inputs)
     yield from _tokens(rows, error, filters)
     if pages:
         missing = [_missing(rows, i * filters.page_size, (i + 1) * filters.page_size) for i in range(len(pages))]
@@ -152,20 +154,29 @@ def _signatures(
     yield from _values(rows, error, filters)
 
 
-def _edges(rows: Rows) -> Iterator[Signatures]:
+def _edges(rows: Rows, inputs: AttentionInputs) -> Iterator[Signatures]:
     """The keys at the edges of what each row sees: missing, or one beyond seen as well."""
     p, v, out, visible = rows.p[0, 0], rows.v[0, 0], rows.out[0, 0], rows.visible[0, 0]
     num_keys = p.shape[1]
     index = torch.arange(num_keys, device=p.device)
-    newest = torch.where(visible, index, -1).amax(1)  # [L]
-    oldest = torch.where(visible, index, num_keys).amin(1)
+    near = visible  # bool [L, n]: without the sink tokens that the window has left behind
+    if inputs.sliding_window is not None and inputs.sink_tokens:
+        position = rows.positions[0].repeat_interleave(rows.group)[:, None]  # [L, 1]
+        near = visible & (position - index < inputs.sliding_window)
+        sinks = p.masked_fill(near, 0.0)  # [L, n]
+        yield [Gain(SINK_TOKENS, -1.0, 0.0)], _without(out, sinks.sum(1, keepdim=True), sinks @ v)[:, None]
+    newest = torch.where(near, index, -1).amax(1)  # [L]
+    oldest = torch.where(near, index, num_keys).amin(1)
     for kind, key in ((OLDEST_WEIGHT, oldest), (NEWEST_WEIGHT, newest)):
         at = key.clamp(0, num_keys - 1)[:, None]
         weight = p.gather(1, at)  # 0 where nothing is seen
         yield [Gain(kind, -1.0, 0.0)], _without(out, weight, weight * v[at[:, 0]])[:, None]
-    for kind, key in ((BEYOND_OLDEST, oldest - 1), (BEYOND_NEWEST, newest + 1)):
-        there = (key >= 0) & (key < num_keys) & (newest >= 0)
+    beyond = {BEYOND_OLDEST: oldest - 1, BEYOND_NEWEST: newest + 1}
+    if near is not visible:
+        beyond[BEYOND_SINKS] = torch.full_like(newest, inputs.sink_tokens)
+    for kind, key in beyond.items():
         at = key.clamp(0, num_keys - 1)[:, None]
+        there = (key >= 0) & (key < num_keys) & (newest >= 0) & ~visible.gather(1, at)[:, 0]
         odds = (rows.scores[0, 0].gather(1, at) - rows.lse[0, 0]).exp().masked_fill(~there[:, None], 0.0)
         yield [Gain(kind, 1.0, 0.0)], (odds / (1 + odds) * (v[at[:, 0]] - out))[:, None]
 

@@ -11,6 +11,8 @@ enters neither. Rows whose errors are not generic (one key has all the mass, or 
                that of all rows, as those of a split in which one key has the mass are its values in every row
     bias       b' sqrt(sum_j p_j (y_j - x)^2)   exp, scale and truncating products q . k, by Cauchy-Schwarz
              + sum_F A_j |y_j|                  keys that may be flushed to zero, by Cauchy-Schwarz over keys or dims
+             + sum_j g_j p_j |y_j|              V descales w folded into P: a P of 1 is w itself, which rounds by
+                                                g = |rnd(w) / w - 1| in every row; by Cauchy-Schwarz over keys
              + c (n / k) 2^-24 sum_c |o_c X_c|  truncating accumulators
              + (u_P^2 + u_out^2) |x|            mean of a relative rounding error, of second order
              + sum_c h_c |X_c|                  outputs of 8 bits or near 0, where rounding follows the value
@@ -24,6 +26,7 @@ import torch
 
 from harness.dtypes import ElementType, element_type
 from harness.kernel.numerics import NumericsProfile
+from harness.oracle.emulate import round_to
 from harness.oracle.tolerance import (
     DOT_FACTOR,
     EXP_ULPS,
@@ -37,7 +40,7 @@ from references.moments import product
 from references.rows import Rows
 
 GRAM_ELEMENTS = 1 << 26  # of the largest temporary on the way to a Gram matrix
-MOST_WEIGHTS = 4  # weight sets of a row
+MOST_WEIGHTS = 5  # weight sets of a row
 MAX_PARTIALS_ALIKE = 256  # rows that may have the same partial of a split, at least: as many as any part is of
 FLUSHES_MUCH = 2.0**-20  # half a subnormal of P, relative to the largest P, above which lost keys need a close bound
 BIAS_SLACK = {torch.bfloat16: 1 + 2.0**-6, torch.float32: 1 + 2.0**-18}  # for biases summed from products of a type
@@ -68,7 +71,7 @@ class RowNoise:
     out: torch.Tensor  # [L, head_size_v]
     used: torch.Tensor  # [L] bool
     alike: torch.Tensor  # [L] number of rows that round as this one does, itself included
-    weights: dict[str, torch.Tensor]  # [L, n]: cast (squares / 3), mass (p), flushed (A of lost keys), logit (squares)
+    weights: dict[str, torch.Tensor]  # [L, n]: cast, logit (squares), mass (p), flushed (A of lost keys), folded (g p)
     logit_of_cast: torch.Tensor  # [L] variance from logits per variance from the cast, where they have no weights
     sum_after_cast: bool
     lost_values: torch.Tensor  # [L] sum_F A_j |v_j|, where flushed keys have no weights; else 0
@@ -102,11 +105,12 @@ class RowNoise:
         bias = self.coherent[..., None] * about("mass", along).sqrt_()
         if self.accumulator is not None:
             bias += self.accumulator[..., None] * about("mass", 0.0).sqrt_()
-        if "flushed" in sums:
-            lost = sums["flushed"][2]  # [L, 1]
-            bias += (lost * about("flushed", 0.0)).sqrt_()
-            if self.sum_after_cast:
-                bias += lost * along.abs()
+        for name in ("flushed", "folded"):
+            if name in sums:
+                lost = sums[name][2]  # [L, 1]
+                bias += (lost * about(name, 0.0)).sqrt_()
+                if self.sum_after_cast:
+                    bias += lost * along.abs()
         size = x.abs()
         bias += self.truncation[..., None] * (size @ self.out.abs()[..., None])[..., 0]
         bias += (size @ self.coarse_out[..., None])[..., 0]
@@ -186,6 +190,8 @@ def row_noise(rows: Rows, profile: NumericsProfile, q_dtype: str, alike: torch.T
         lost_values = (lost @ rows.v.norm(dim=-1)[..., None])[..., 0]
         if profile.sum_after_cast:
             lost_values += lost.sum(-1) * out.norm(dim=-1)
+    if rows.weight is not None and bool((gain := _own_rounding(rows.weight, p_types)).any()):
+        weights["folded"] = gain * p
     if profile.s_dtype != "fp32":
         weights["logit"] = (dot[..., None].square() + (_roundoff(profile.s_dtype) * size).square_() / 3).mul_(p * p)
 
@@ -233,6 +239,13 @@ def row_noise(rows: Rows, profile: NumericsProfile, q_dtype: str, alike: torch.T
         second_order=p_type.unit_roundoff**2 + out_type.unit_roundoff**2,
         coarse_out=(out_ulp if out_type.size == 1 else out_ulp.masked_fill(~few_steps, 0.0)).to(single),
     )
+
+
+def _own_rounding(folded: torch.Tensor, p_types: list[ElementType]) -> torch.Tensor:
+    """How far weights `folded` into P are off where P is 1, relative, in the worse of `p_types`: of the same shape."""
+    mantissa, _ = torch.frexp(folded)  # in [1/2, 1): P is scaled so that it does not leave the normal numbers
+    off = [(round_to(mantissa, kind.name) / mantissa - 1).abs_() for kind in p_types]
+    return torch.maximum(*off)
 
 
 def _roundoff(name: str) -> float:

@@ -16,7 +16,9 @@ from harness.cache.content import is_decode
 from harness.case import Case
 from references.attention import AttentionInputs
 
-PLACES: Mapping[str, Callable[[range], int]] = {  # pages of a sequence that faults strike, of those with cached tokens
+PLACES: Mapping[
+    str, Callable[[Sequence[int]], int]
+] = {  # pages of a sequence that faults strike, of those with cached tokens
     "first page": lambda pages: pages[0],
     "middle page": lambda pages: pages[len(pages) // 2],
     "last page": lambda pages: pages[-1],
@@ -120,13 +122,15 @@ class Scene:
         return is_decode(self.query_len)
 
     @property
-    def cached_pages(self) -> range:
+    def cached_pages(self) -> tuple[int, ...]:
         """Pages of the sequence, by number, with a cached token that some query may see."""
-        window = self.case.sliding_window
+        window, page = self.case.sliding_window, self.case.page_size
         oldest = 0 if window is None else max(self.first_pos - window + 1, 0)
-        if oldest >= self.cached_len:
-            return range(0)
-        return range(oldest // self.case.page_size, (self.cached_len - 1) // self.case.page_size + 1)
+        sinks = min(self.case.sink_tokens, oldest, self.cached_len)
+        seen = {*range(-(-sinks // page))}
+        if oldest < self.cached_len:
+            seen |= {*range(oldest // page, (self.cached_len - 1) // page + 1)}
+        return tuple(sorted(seen))
 
     def slots(self, page: int) -> slice:
         """The cached tokens of a page."""
@@ -140,7 +144,7 @@ class Scene:
 
     def seen_spans(self) -> list[tuple[int, int]]:
         """First and last key that each sampled row sees; rows that see none are left out."""
-        window = self.case.sliding_window
+        window = None if self.case.sink_tokens else self.case.sliding_window
         spans = [
             (0 if window is None else max(pos - window + 1, 0), pos if self.case.causal else self.seq_len - 1)
             for pos in self.positions
@@ -171,7 +175,7 @@ class Scene:
         return Rows(
             dots=self.dots(self.k, self.kv_heads),
             v=per_head(self.v, self.kv_heads),
-            seen=seen_at(self.distance, inputs.causal, inputs.sliding_window),
+            seen=seen_at(self.distance, inputs.causal, inputs.sliding_window, inputs.sink_tokens),
             distance=self.distance,
             soft_cap=inputs.logits_soft_cap,
             slopes=None if inputs.alibi_slopes is None else inputs.alibi_slopes[heads].double(),
@@ -197,7 +201,12 @@ def per_head(tensor: torch.Tensor, kv_heads: Sequence[int]) -> torch.Tensor:
     return tensor[:, list(kv_heads)].double().transpose(0, 1)
 
 
-def seen_at(distance: torch.Tensor, causal: bool, window: int | None, ahead: int = 0) -> torch.Tensor:
-    """bool, as `distance` (key minus query position): whether the key is seen; `ahead` moves the causal edge."""
+def seen_at(distance: torch.Tensor, causal: bool, window: int | None, sink_tokens: int, ahead: int = 0) -> torch.Tensor:
+    """bool, as `distance` [rows, keys] (key minus query position): whether the key is seen.
+
+    `ahead` moves the causal edge.
+    """
     seen = distance <= ahead if causal else torch.ones_like(distance, dtype=torch.bool)
-    return seen if window is None else seen & (distance > -window)
+    if window is None:
+        return seen
+    return seen & ((distance > -window) | (torch.arange(distance.shape[1], device=distance.device) < sink_tokens))

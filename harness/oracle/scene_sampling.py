@@ -117,7 +117,7 @@ def loudest_heads(scene: Scene) -> list[int]:
     for heads in _chunks(scene):
         scores = Scores(
             dots=_grouped_dots(scene, heads),
-            seen=seen_at(scene.distance, inputs.causal, inputs.sliding_window),
+            seen=seen_at(scene.distance, inputs.causal, inputs.sliding_window, inputs.sink_tokens),
             distance=scene.distance,
             soft_cap=inputs.logits_soft_cap,
             slopes=None if slopes is None else slopes[heads],
@@ -140,11 +140,13 @@ def _chunks(scene: Scene) -> Iterator[slice]:
 
 
 def _places(scene: Scene) -> list[torch.Tensor]:
-    """bool [rows, keys] each: the newest key, a row's own, the oldest it sees, and pages that faults strike."""
+    """bool [rows, keys] each: the newest key, a row's own, those at edges of its mask, and pages that faults strike."""
     key = torch.arange(scene.seq_len, device=scene.distance.device)
     places = [(key == scene.seq_len - 1).expand_as(scene.distance), scene.distance == 0]
     if scene.case.sliding_window is not None:
         places.append(scene.distance == 1 - scene.case.sliding_window)
+    if scene.case.sink_tokens:
+        places.append((key == scene.case.sink_tokens - 1).expand_as(scene.distance))
     for page in dict.fromkeys(place(scene.cached_pages) for place in PLACES.values() if scene.cached_pages):
         slots = scene.slots(page)
         places.append(((key >= slots.start) & (key < slots.stop)).expand_as(scene.distance))
@@ -177,7 +179,9 @@ def _sampled_rows(case: Case, first_pos: int, query_len: int) -> list[int]:
     page, window = case.page_size, case.sliding_window
     edges = [row for row, pos in enumerate(positions) if pos % page in (0, page - 1)]
     if window is not None:
-        edges = [row for row, pos in enumerate(positions) if window - 1 <= pos <= window + 1] + edges
+        behind = window + case.sink_tokens  # the sink tokens have just left the window
+        near = {*range(window - 1, window + 2), *range(behind - 1, behind + 2)}
+        edges = [row for row, pos in enumerate(positions) if pos in near] + edges
     wanted = [*range(4), *range(query_len - 8, query_len), *_spread(edges, 12), *_spread(list(range(query_len)), 8)]
     return sorted(dict.fromkeys(wanted))
 

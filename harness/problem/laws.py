@@ -78,7 +78,7 @@ def draw_sinks(case: Case, slopes: Sequence[float] | None, device: torch.device 
     For needles they stay near 0: a sink must not take a needle's mass.
     """
     noise = random.normal(case.data_seed, "sinks", (case.num_q_heads,), device)
-    seen = sorted(min(s, case.sliding_window or s) for s in case.rows.seq_lens if s > 0)
+    seen = sorted(min(s, (case.sliding_window or s) + case.sink_tokens) for s in case.rows.seq_lens if s > 0)
     typical_len = seen[len(seen) // 2] if seen else 1
     typical = []
     for head in range(case.num_q_heads):
@@ -129,7 +129,8 @@ def _directions(case: Case, device: torch.device | str) -> torch.Tensor:
 def _probe_queries(case: Case, k: torch.Tensor) -> torch.Tensor:
     """beta sqrt(d) sum_t k_t / |k_t|^2 over one seen key and the first masked ones: [num_tokens, heads, head_size].
 
-    Each k_t then has score beta. The first masked keys are pos + 1 (causal) and pos - window.
+    Each k_t then has score beta. The first masked keys are pos + 1 (causal), pos - window, and the one behind the sink
+    tokens.
     """
     q = torch.zeros(
         (case.rows.num_tokens, case.num_q_heads, case.head_size), dtype=element_type(case.dtype).torch, device=k.device
@@ -143,7 +144,10 @@ def _probe_queries(case: Case, k: torch.Tensor) -> torch.Tensor:
         if case.causal:
             points.append((pos + 1, (pos + 1 >= 0) & (pos + 1 < span.seq_len)))
         if case.sliding_window is not None:
-            points.append((pos - case.sliding_window, pos - case.sliding_window >= 0))
+            left = pos - case.sliding_window
+            points.append((left, left >= case.sink_tokens))
+            if case.sink_tokens:
+                points.append((torch.full_like(pos, case.sink_tokens), left > case.sink_tokens))
         total = torch.zeros((*target.shape, case.head_size), dtype=torch.float32, device=k.device)
         for position, exists in points:
             total += _towards(case, k, span, position.clamp(0, span.seq_len - 1), exists)

@@ -109,7 +109,9 @@ def _needed(
     """
     position = torch.arange(span.seq_len, device=dots.device)
     gap = own[:, :, None] - dots  # [tokens, heads, keys]
-    rivals = visible(span.query_pos[:, None, None], position, span.seq_len, case.causal, case.sliding_window)
+    rivals = visible(
+        span.query_pos[:, None, None], position, span.seq_len, case.causal, case.sliding_window, case.sink_tokens
+    )
     rivals = rivals & (position != target[:, :, None])
     wanted = _MARGIN + slope[:, None] * (position - target[:, :, None])
     none = torch.full_like(gap, float("inf"))

@@ -15,7 +15,7 @@ import torch
 from harness.case import Case, Rows
 from harness.problem import random
 from harness.problem.edges import edge_targets
-from harness.problem.masks import visible_range
+from harness.problem.masks import Seen, to_seen, visible_range
 
 
 @dataclass(frozen=True)
@@ -55,26 +55,28 @@ def pick_targets(case: Case, span: Span) -> tuple[torch.Tensor, torch.Tensor]:
     """One seen key per (token, head), int64 [tokens, num_q_heads], and whether any key is seen, bool [tokens, 1].
 
     Tokens and heads take turns among: the query's own position, the last token of the page before, the first of its
-    page, token 0, the newest and the oldest seen key, both ends of a random page, a random key; clamped to what is
-    seen. Where nothing is seen the target is 0. Law `needle_edges` has turns of its own: see harness.problem.edges.
+    page, token 0, the newest and the oldest key in the window, both ends of a random page, a random key, and the last
+    sink token where a case has some; clamped to what is seen. Where nothing is seen the target is 0. Law `needle_edges`
+    has turns of its own: see harness.problem.edges.
     """
     device, page = span.query_pos.device, case.page_size
     pos = span.query_pos[:, None]  # [tokens, 1]
-    first, end = visible_range(pos, span.seq_len, case.causal, case.sliding_window)
+    first, end, sinks = visible_range(pos, span.seq_len, case.causal, case.sliding_window, case.sink_tokens)
     seen = end > first
     token = torch.arange(span.tokens.start, span.tokens.stop, device=device)[:, None]
     if case.data == "needle_edges":
-        target = edge_targets(case, token, pos, first, end, span.seq_len)
+        target = edge_targets(case, token, pos, Seen(first, end, sinks), span.seq_len)
         return torch.where(seen, target, torch.zeros_like(target)), seen
     turn = token + torch.arange(case.num_q_heads, device=device)  # [tokens, heads]
     draw = random.integers(case.data_seed, f"targets/{span.tokens.start}", turn.shape, 1 << 40, device)
     anywhere = first + draw % (end - first).clamp(min=1)  # [tokens, heads]
     page_start = pos.div(page, rounding_mode="floor") * page
-    kinds = (
+    kinds = [
         pos, page_start - 1, page_start, torch.zeros_like(pos), end - 1, first,
         anywhere // page * page, anywhere // page * page + page - 1, anywhere,
-    )  # fmt: skip
+        *([sinks - 1] if case.sink_tokens else []),
+    ]  # fmt: skip
     candidates = torch.stack([kind.expand(turn.shape) for kind in kinds])  # [kinds, tokens, heads]
     target = candidates.gather(0, (turn % len(kinds))[None])[0]
-    target = torch.minimum(torch.maximum(target, first), end - 1)
+    target = to_seen(target, Seen(first, end, sinks))
     return torch.where(seen, target, torch.zeros_like(target)), seen

@@ -101,7 +101,7 @@ def _audit_elsewhere(folders: tuple[Path, ...], asked: tuple[Case, Demand, str])
 
 def audit_case(job: Job) -> AuditRow:
     """What the case of `job` shows of its demand. A case that cannot be built sees nothing, and says why."""
-    contract, demand = job.contract, job.demand
+    contract, demand = job.contract.rounding_as(job.case), job.demand
     case = replace(job.case, pool="aliased") if job.case.pool == "dense" else job.case  # no kernel will touch it
     least_wanted = {fault: wanted(fault, demand.margin) for fault in demand.must_see}
     try:

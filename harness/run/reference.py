@@ -49,6 +49,7 @@ def reference_inputs(
         logits_soft_cap=case.logits_soft_cap,
         alibi_slopes=problem.alibi_slopes,
         sinks=problem.sinks,
+        sink_tokens=case.sink_tokens,
         q_cached=seen.q_cached,
         cached_lens=demanded_lens(problem, contract.content) if apart else None,
         weight_scale=value_weights(problem, contract.content, descales) if numerics.p_fold_v else None,

@@ -34,6 +34,7 @@ from harness.matrix.matrix import MustRun
 from harness.oracle.findings import AccessFindings
 from harness.oracle.finer import finer_tolerance
 from harness.oracle.judge import judge
+from harness.oracle.name_payload_fault import name_payload_fault
 from harness.oracle.observability import blind_to, known_tolerance
 from harness.oracle.tolerance import Tolerance, tolerance
 from harness.problem.admission import AUTO, NEEDLES
@@ -44,7 +45,7 @@ from harness.run.device import Stopwatch, context_error, release_memory
 from harness.run.judge_access import judge_launch, untraceable
 from harness.run.judge_gains import with_gains
 from harness.run.judge_writing import through_writer
-from harness.run.observe import NO_DEMAND, Demand, choose_law, explain_unseen, observe_setup
+from harness.run.observe import NO_DEMAND, Demand, batch_of, choose_law, explain_unseen, observe_setup
 from harness.run.outcome import Outcome, Verdict
 from harness.run.plant import NO_PLANT, Plant
 from harness.run.reference import attend_as, reference_inputs
@@ -55,6 +56,7 @@ from harness.run.twice import with_second_launch
 from harness.run.twin import with_noise_floor
 from harness.triage.bar_codes import decode_bar_codes
 from harness.triage.explain import explain_mismatch, explain_setup_bug, with_row
+from harness.triage.payload import tell_payload_fault
 from harness.triage.raised import explain_raised
 from references.attention import AttentionInputs, AttentionReference
 
@@ -93,6 +95,7 @@ def run_case(case: Case, contract: Contract, options: Options) -> Verdict:
     case = options.plant.case(_reseeded(case, options))
     if why := refuted(case, contract, options.must_run):  # other seeds than the matrix's may draw another batch
         return Verdict(Outcome.TEST_BUG, f"before launch: {why}")
+    contract = contract.rounding_as(case) if case.steps == 1 else contract  # of an engine: step by step
     device = resolve_device(options.device)
     watch = Stopwatch(device)
     law = ""
@@ -134,7 +137,7 @@ def _judged(case: Case, contract: Contract, options: Options, watch: Stopwatch) 
             checked, fences = options.contract_checks, options.fences
             engine = make_engine(case, contract, options.plant, watch.device, checked=checked, fences=fences)
         by_step = replace(options, demand=NO_DEMAND)
-        return serve(engine, options.demand, lambda setup: _seeing(engine.contract, setup, by_step, watch))
+        return serve(engine, options.demand, lambda own, setup: _seeing(own, setup, by_step, watch))
     try:
         with watch.phase("problem"):
             problem = options.plant.problem(build_problem(case, watch.device))
@@ -271,6 +274,10 @@ def _verdict(
     if findings.clean:
         return replace(verdict, tighter_err_over_tol=_tighter(contract, setup, reference))
     explanation = explain_mismatch(case, findings)
+    if named := name_payload_fault(
+        batch_of(setup, inputs, contract), contract.content, out.tensor.double() * allowed.out_scale, allowed.largest
+    ):
+        explanation = with_row(explanation, "explained by", tell_payload_fault(named))
     if case.data == "bar_codes":
         _, values = effective_kv(setup.problem, setup.cache, contract.content)
         read = decode_bar_codes(out.tensor.double() * allowed.out_scale, setup.problem, values)

@@ -45,6 +45,10 @@ class Engine:
     checked: bool  # whether each set-up is checked before its launches
     fences: Fences = NO_FENCES
 
+    def contract_of(self, step: Case) -> Contract:
+        """The contract for the batch of one step, which says what device kernel runs and so how it rounds."""
+        return self.contract.rounding_as(step).of_output(step.out_dtype, self.whole.output_scale)
+
     def setups(self) -> Iterator[tuple[Step, Setup]]:
         """The steps, with the memory that the launches of all steps before have left. Raises SetupBug as it goes."""
         memory: KVCache | None = None
@@ -58,7 +62,7 @@ class Engine:
             if due and plant is not NO_PLANT and plant.applies(shown, self.contract.content):
                 setup = self._planted(problem, previous)
             plant = plant if setup is None else NO_PLANT
-            setup = setup or build_arguments(problem, self.contract, fences=self.fences)
+            setup = setup or build_arguments(problem, self.contract_of(problem.case), fences=self.fences)
             assert setup.writing is not None
             fresh = setup.writing.memory
             if memory is not None:
@@ -73,7 +77,7 @@ class Engine:
     def _planted(self, problem: Problem, previous: Setup | None) -> Setup | None:
         """The set-up of a step with the fault of the plant in it; None where this step would not show it."""
         assert previous is not None
-        setup = build_arguments(problem, self.contract, self.plant, self.fences)
+        setup = build_arguments(problem, self.contract_of(problem.case), self.plant, self.fences)
         args = self.plant.step_arguments(setup.args, previous.args)
         return None if args is None else replace(setup, args=args)
 
@@ -90,11 +94,10 @@ def make_engine(
     """The engine of a case of several steps. Raises what build_problem raises."""
     schedule = make_schedule(case)
     whole = plant.problem(build_problem(schedule.problem_case(case), device))
-    contract = contract.of_output(case.out_dtype, whole.output_scale)
     return Engine(whole, schedule, contract, plant, checked, fences)
 
 
-def serve(engine: Engine, demand: Demand, launched: Callable[[Setup], Verdict]) -> Verdict:
+def serve(engine: Engine, demand: Demand, launched: Callable[[Contract, Setup], Verdict]) -> Verdict:
     """Run all steps, `launched` doing one; the verdict of the first that does not pass, or PASS over all of them."""
     schedule = engine.schedule
     if engine.checked and (blind := unseen_by_all(engine, demand)):
@@ -102,13 +105,14 @@ def serve(engine: Engine, demand: Demand, launched: Callable[[Setup], Verdict]) 
     passed: list[Verdict] = []
     steps = engine.setups()
     for step, setup in steps:
+        contract = engine.contract_of(setup.problem.case)
         try:
             if engine.checked:
-                check_setup(setup, engine.contract)
+                check_setup(setup, contract)
         except SetupBug as bug:
             verdict = Verdict(Outcome.TEST_BUG, f"before launch: {bug}", explanation=explain_setup_bug(bug))
             return at_step(verdict, schedule, step, setup)
-        verdict = launched(setup)
+        verdict = launched(contract, setup)
         if verdict.outcome is not Outcome.PASS:
             return at_step(verdict, schedule, step, setup)
         passed.append(verdict)
@@ -156,9 +160,10 @@ def effects_of(engine: Engine, demand: Demand) -> dict[str, float | None]:
         if not left:
             break
         problem = step_problem(engine.whole, engine.schedule, step).without_writer()
-        setup = build_arguments(problem, engine.contract)
-        inputs = reference_inputs(problem, setup.cache, engine.contract)
-        found = observe_setup(setup, inputs, engine.contract, replace(demand, must_see=left)).effects
+        contract = engine.contract_of(problem.case)
+        setup = build_arguments(problem, contract)
+        inputs = reference_inputs(problem, setup.cache, contract)
+        found = observe_setup(setup, inputs, contract, replace(demand, must_see=left)).effects
         for effect in found:
             if effect.size is not None:
                 sizes[effect.fault] = max(sizes[effect.fault] or 0.0, effect.size)

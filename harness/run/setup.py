@@ -102,6 +102,7 @@ def build_arguments(problem: Problem, contract: Contract, plant: Plant = NO_PLAN
         output_scale=_scalar(problem, problem.output_scale, case.out_dtype),
         dtype=element_type(case.dtype).torch,
         allocator=Workspaces(problem.q.device, workspace_geometry(case)),
+        sink_tokens=case.sink_tokens,
     )
     writer = contract.writer_of(case)
     writing = None if writer is None else build_writing(problem, contract, writer, cache, plant, fences)
@@ -154,6 +155,7 @@ def check_handover(setup: Setup) -> None:
         "logits_soft_cap": case.logits_soft_cap or 0.0,
         "num_splits": case.num_splits or 0,
         "dtype": element_type(case.dtype).torch,
+        "sink_tokens": case.sink_tokens,
     }
     for name, expected in scalars.items():
         if getattr(args, name) != expected:

@@ -113,6 +113,8 @@ class _Reader:
             return "the last position in the window"
         if case.sliding_window is not None and keys[0] == pos - case.sliding_window:
             return "the position before the window"
+        if case.sink_tokens and keys[0] < pos and keys[0] in (case.sink_tokens - 1, case.sink_tokens):
+            return "the last sink token" if keys[0] < case.sink_tokens else "the position behind the sink tokens"
         return f"position {keys[0]}"
 
     def _pages(self, page_class: int) -> str:
@@ -143,7 +145,7 @@ def _sequence(out: torch.Tensor, problem: Problem, values: torch.Tensor, span: S
         return []
     seen = visible(
         span.query_pos[:, None], torch.arange(span.seq_len, device=out.device), span.seq_len, case.causal,
-        case.sliding_window,
+        case.sliding_window, case.sink_tokens,
     ).double()  # [tokens, keys]  # fmt: skip
     group, own = case.gqa_ratio, values[span.keys].double()  # [keys, num_kv_heads, head_size_v]
     mass = torch.einsum("tk,khd->thd", seen, own).repeat_interleave(group, 1)  # [tokens, heads, head_size_v]

@@ -19,6 +19,8 @@ _LOOKS_LIKE = {
     gains.OLDEST_WEIGHT: {-1: "the oldest key each query should see is not read (left edge of the window)"},
     gains.NEWEST_WEIGHT: {-1: "the newest key each query should see is not read"},
     gains.BEYOND_OLDEST: {1: "one key too many is read at the left edge of the window"},
+    gains.SINK_TOKENS: {-1: "the leading tokens that a window must not hide (sink_tokens) are not read"},
+    gains.BEYOND_SINKS: {1: "one key too many is read behind the sink tokens"},
     gains.BEYOND_NEWEST: {1: "one key behind the query is read (causal edge)"},
     gains.PAGE_WEIGHT: {-1: "one page is not read", 1: "one page counts twice"},
     gains.HEAD_MODULO: {1: "kv head = q head % num_kv_heads, instead of q head // gqa_ratio"},

@@ -97,9 +97,11 @@ def soft_cap(scores, cap):
 
 
 @triton.jit
-def visible(query_pos, key_pos, num_keys, window, CAUSAL: tl.constexpr):
-    """Which keys a query sees: 0 <= key < num_keys, key <= query if causal, and the last `window` keys (0: all)."""
+def visible(query_pos, key_pos, num_keys, window, CAUSAL: tl.constexpr, sink_tokens=0):
+    """Which keys a query sees: 0 <= key < num_keys, key <= query if causal, and of these the last `window` (0: all) and
+    the first `sink_tokens`.
+    """
     seen = (key_pos >= 0) & (key_pos < num_keys)
     if CAUSAL:
         seen = seen & (key_pos <= query_pos)
-    return seen & ((window <= 0) | (query_pos - key_pos < window))
+    return seen & ((window <= 0) | (query_pos - key_pos < window) | (key_pos < sink_tokens))

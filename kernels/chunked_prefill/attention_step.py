@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .._shared.paged_tile import cache_offsets, soft_cap
+from .._shared.payload import payload_values
 
 NUM_WARPS = 8
 NUM_STAGES = 1  # page-table indirection leaves nothing to pipeline
@@ -38,7 +39,7 @@ def tiling(head_size: int, head_size_v: int, element_size: int) -> Tiling:
 @triton.jit
 def load_cached(
     cache_ptr,
-    scale_ptr,  # [1] float32; read for fp8 payloads only
+    scale_ptr,  # float32 of each KV head, or of all; read for quantised payloads only
     page,  # [keys] page ids
     slot,  # [keys]
     keep,  # [keys] bool: keys that exist
@@ -50,10 +51,13 @@ def load_cached(
     stride_head,
     stride_dim,
     stride_lane,
+    stride_scale,  # 0 where one scale is for all heads
     VECTOR: tl.constexpr,
+    QUANTISED: tl.constexpr,
+    MANTISSA: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """[keys, dims] of K or V in DTYPE, 0 where key or dim does not exist. fp8: (payload -> fp32) * scale -> DTYPE."""
+    """[keys, dims] of K or V in DTYPE, 0 where key or dim does not exist. Quantised: payload * scale in float32."""
     offset = cache_offsets(
         page[:, None],
         slot[:, None],
@@ -67,8 +71,8 @@ def load_cached(
         VECTOR,
     )
     tile = tl.load(cache_ptr + offset, mask=keep[:, None] & (dim < head_size)[None, :], other=0.0)
-    if tile.dtype.is_fp8():
-        tile = tile.to(tl.float32) * tl.load(scale_ptr)
+    if QUANTISED:
+        tile = payload_values(tile, MANTISSA) * tl.load(scale_ptr + kv_head * stride_scale)
     return tile.to(DTYPE)
 
 

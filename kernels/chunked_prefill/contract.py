@@ -17,6 +17,8 @@ _COMMON = frozenset({
     "strided_cache", "strided_inputs", "queries_before_keys",
 })  # fmt: skip
 _PREFILL_TOO = _COMMON | {"prefill"}
+_KV_DTYPES = frozenset({"auto", "fp8_e4m3", "fp8_e4m3fnuz", "fp8_e5m2", "fp8_e5m2fnuz", "int8"})
+_DESCALES_PER = frozenset({"tensor", "head"})
 _LAYOUTS = frozenset({"linear_nhd", "hnd", "vllm_classic"})
 _INSTALL = "Install triton 3.6 or newer; on a CPU it runs under the interpreter (TRITON_INTERPRET=1)."
 
@@ -43,6 +45,8 @@ KERNELS: tuple[Contract, ...] = (
         about="prefill over a paged prefix; new tokens arrive as k and v",
         entry="prefix_prefill.py:launch",
         content=Content.CONTEXT,
+        kv_dtypes=_KV_DTYPES,
+        descales_per=_DESCALES_PER,
         features=_PREFILL_TOO,
         layouts=_LAYOUTS,
         launches=("prefix_prefill_kernel",),
@@ -55,6 +59,8 @@ KERNELS: tuple[Contract, ...] = (
         about="one query token per row; the whole row is in the cache",
         entry="paged_decode.py:launch",
         content=Content.ALL,
+        kv_dtypes=_KV_DTYPES,
+        descales_per=_DESCALES_PER,
         features=_COMMON,
         layouts=_LAYOUTS,
         window_pages="dead",  # no key in front of the window is loaded
@@ -68,6 +74,8 @@ KERNELS: tuple[Contract, ...] = (
         about="mixed batches: prefix_prefill for prefill rows, paged_decode for decode rows",
         entry="chunked_prefill_paged_decode.py:launch",
         content=Content.BY_PHASE,
+        kv_dtypes=_KV_DTYPES,
+        descales_per=_DESCALES_PER,
         features=_PREFILL_TOO,
         layouts=_LAYOUTS,
         launches=("prefix_prefill_kernel", "paged_decode_kernel"),

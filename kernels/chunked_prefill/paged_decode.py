@@ -13,6 +13,7 @@ import triton.language as tl
 from harness.kernel.arguments import LaunchArguments
 
 from .._shared.paged_tile import key_strides, num_heads_of, page_size_of, value_strides, visible
+from .._shared.payload import as_loaded
 from .attention_step import NUM_STAGES, NUM_WARPS, finish, fold, load_cached, masked_scores, tiling
 
 # As in prefix_prefill: everything but the innermost strides is a runtime value that no compilation depends on.
@@ -21,6 +22,7 @@ _RUNTIME = [
     "stride_table", "stride_q_token", "stride_q_head", "stride_out_token", "stride_out_head",
     "stride_lse_token", "stride_lse_head",
     "stride_kc_page", "stride_kc_slot", "stride_kc_head", "stride_vc_page", "stride_vc_head",
+    "stride_k_scale", "stride_v_scale",
 ]  # fmt: skip
 _INNERMOST = ["stride_q_dim", "stride_out_dim", "stride_kc_dim", "stride_kc_lane", "stride_vc_slot", "stride_vc_dim"]
 
@@ -32,8 +34,8 @@ def paged_decode_kernel(
     lse_ptr,  # [num_tokens, num_q_heads] float32 or None
     k_cache_ptr,
     v_cache_ptr,
-    k_scale_ptr,  # [1] float32
-    v_scale_ptr,  # [1] float32
+    k_scale_ptr,  # [1] or [num_kv_heads] float32
+    v_scale_ptr,
     block_table_ptr,  # [num_seqs, max_pages] int32
     query_start_loc_ptr,  # [num_seqs + 1] int32
     seq_lens_ptr,  # [num_seqs] int32
@@ -64,7 +66,11 @@ def paged_decode_kernel(
     stride_vc_slot,
     stride_vc_head: tl.int64,
     stride_vc_dim,
+    stride_k_scale: tl.int64,
+    stride_v_scale: tl.int64,
     VECTOR: tl.constexpr,
+    QUANTISED: tl.constexpr,
+    MANTISSA: tl.constexpr,  # of a cache that is taken apart byte by byte, else 0
     HAS_SOFT_CAP: tl.constexpr,
     GROUP: tl.constexpr,  # gqa_ratio padded to a power of two, 16 at least: what a matrix unit takes
     KEYS: tl.constexpr,
@@ -112,14 +118,16 @@ def paged_decode_kernel(
         slot = key_pos % page_size
         k = load_cached(
             k_cache_ptr, k_scale_ptr, page, slot, cached, kv_head, dim, head_size,
-            stride_kc_page, stride_kc_slot, stride_kc_head, stride_kc_dim, stride_kc_lane, VECTOR, q.dtype,
+            stride_kc_page, stride_kc_slot, stride_kc_head, stride_kc_dim, stride_kc_lane, stride_k_scale, VECTOR,
+            QUANTISED, MANTISSA, q.dtype,
         )  # fmt: skip
         # The query is the newest token: nothing it could see lies behind it, causal or not.
         seen = visible(query_pos, key_pos[None, :], seq_len, sliding_window, False)
         scores = masked_scores(q, k, seen, key_pos[None, :] - query_pos, slope, softmax_scale, cap, HAS_SOFT_CAP)
         v = load_cached(
             v_cache_ptr, v_scale_ptr, page, slot, cached, kv_head, dim_v, head_size_v,
-            stride_vc_page, stride_vc_slot, stride_vc_head, stride_vc_dim, 0, 1, q.dtype,
+            stride_vc_page, stride_vc_slot, stride_vc_head, stride_vc_dim, 0, stride_v_scale, 1,
+            QUANTISED, MANTISSA, q.dtype,
         )  # fmt: skip
         row_max, row_sum, acc = fold(scores, v, row_max, row_sum, acc)
 
@@ -142,8 +150,8 @@ def paged_decode(
     block_table: torch.Tensor,  # [num_seqs, max_pages] int32
     query_start_loc: torch.Tensor,  # [num_seqs + 1] int32
     seq_lens: torch.Tensor,  # [num_seqs] int32, the current token included
-    k_scale: torch.Tensor,  # [1] float32, used for fp8 caches
-    v_scale: torch.Tensor,  # [1] float32, used for fp8 caches
+    k_scale: torch.Tensor,  # [1] or [num_kv_heads] float32, used for quantised caches
+    v_scale: torch.Tensor,
     softmax_scale: float,
     *,
     sliding_window: int = 0,
@@ -154,16 +162,20 @@ def paged_decode(
 ) -> None:
     """Attention of rows with query_len == 1, written to `out` and, if given, `lse`; other rows are not written."""
     ks, vs = key_strides(k_cache, layout), value_strides(v_cache, layout)
+    (k_loaded, mantissa), (v_loaded, _) = as_loaded(k_cache), as_loaded(v_cache)
     num_kv_heads = num_heads_of(k_cache, layout)
     gqa_ratio = q.shape[1] // num_kv_heads
     tile = tiling(q.shape[2], out.shape[2], q.element_size())
     paged_decode_kernel[(seq_lens.shape[0], num_kv_heads)](
-        q, out, lse, k_cache, v_cache, k_scale, v_scale, block_table, query_start_loc, seq_lens, alibi_slopes, sinks,
+        q, out, lse, k_loaded, v_loaded, k_scale, v_scale, block_table, query_start_loc, seq_lens, alibi_slopes, sinks,
         softmax_scale, logits_soft_cap, sliding_window,
         q.shape[2], out.shape[2], page_size_of(k_cache, layout), gqa_ratio,
         block_table.stride(0), *q.stride(), *out.stride(), *(lse.stride() if lse is not None else (0, 0)),
         ks.page, ks.slot, ks.head, ks.dim, ks.lane, vs.page, vs.slot, vs.head, vs.dim,
+        *(scale.stride(0) if len(scale) > 1 else 0 for scale in (k_scale, v_scale)),
         VECTOR=ks.vector,
+        QUANTISED=k_cache.element_size() == 1,
+        MANTISSA=mantissa,
         HAS_SOFT_CAP=logits_soft_cap > 0,
         GROUP=max(16, triton.next_power_of_2(gqa_ratio)),
         KEYS=tile.keys,

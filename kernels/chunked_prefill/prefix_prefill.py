@@ -13,6 +13,7 @@ import triton.language as tl
 from harness.kernel.arguments import LaunchArguments
 
 from .._shared.paged_tile import key_strides, page_size_of, value_strides, visible
+from .._shared.payload import as_loaded
 from .attention_step import NUM_STAGES, NUM_WARPS, finish, fold, load_cached, masked_scores, tiling
 
 # Lengths, sizes and strides are runtime values: one compilation serves them all. Only the innermost strides stay
@@ -22,6 +23,7 @@ _RUNTIME = [
     "stride_table", "stride_q_token", "stride_q_head", "stride_k_token", "stride_k_head", "stride_v_token",
     "stride_v_head", "stride_out_token", "stride_out_head", "stride_lse_token", "stride_lse_head",
     "stride_kc_page", "stride_kc_slot", "stride_kc_head", "stride_vc_page", "stride_vc_head",
+    "stride_k_scale", "stride_v_scale",
 ]  # fmt: skip
 _INNERMOST = [
     "stride_q_dim", "stride_k_dim", "stride_v_dim", "stride_out_dim",
@@ -38,8 +40,8 @@ def prefix_prefill_kernel(
     lse_ptr,  # [num_tokens, num_q_heads] float32 or None
     k_cache_ptr,
     v_cache_ptr,
-    k_scale_ptr,  # [1] float32
-    v_scale_ptr,  # [1] float32
+    k_scale_ptr,  # [1] or [num_kv_heads] float32
+    v_scale_ptr,
     block_table_ptr,  # [num_seqs, max_pages] int32
     query_start_loc_ptr,  # [num_seqs + 1] int32
     seq_lens_ptr,  # [num_seqs] int32
@@ -77,7 +79,11 @@ def prefix_prefill_kernel(
     stride_vc_slot,
     stride_vc_head: tl.int64,
     stride_vc_dim,
+    stride_k_scale: tl.int64,
+    stride_v_scale: tl.int64,
     VECTOR: tl.constexpr,
+    QUANTISED: tl.constexpr,
+    MANTISSA: tl.constexpr,  # of a cache that is taken apart byte by byte, else 0
     CAUSAL: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -128,14 +134,16 @@ def prefix_prefill_kernel(
         slot = key_pos % page_size
         k = load_cached(
             k_cache_ptr, k_scale_ptr, page, slot, cached, kv_head, dim, head_size,
-            stride_kc_page, stride_kc_slot, stride_kc_head, stride_kc_dim, stride_kc_lane, VECTOR, q.dtype,
+            stride_kc_page, stride_kc_slot, stride_kc_head, stride_kc_dim, stride_kc_lane, stride_k_scale, VECTOR,
+            QUANTISED, MANTISSA, q.dtype,
         )  # fmt: skip
         seen = visible(query_pos[:, None], key_pos[None, :], context_len, sliding_window, CAUSAL)
         distance = key_pos[None, :] - query_pos[:, None]
         scores = masked_scores(q, k, seen, distance, slope, softmax_scale, cap, HAS_SOFT_CAP)
         v = load_cached(
             v_cache_ptr, v_scale_ptr, page, slot, cached, kv_head, dim_v, head_size_v,
-            stride_vc_page, stride_vc_slot, stride_vc_head, stride_vc_dim, 0, 1, q.dtype,
+            stride_vc_page, stride_vc_slot, stride_vc_head, stride_vc_dim, 0, stride_v_scale, 1,
+            QUANTISED, MANTISSA, q.dtype,
         )  # fmt: skip
         row_max, row_sum, acc = fold(scores, v, row_max, row_sum, acc)
 
@@ -189,8 +197,8 @@ def prefix_prefill(
     query_start_loc: torch.Tensor,  # [num_seqs + 1] int32
     seq_lens: torch.Tensor,  # [num_seqs] int32, new tokens included
     max_query_len: int,
-    k_scale: torch.Tensor,  # [1] float32, used for fp8 caches
-    v_scale: torch.Tensor,  # [1] float32, used for fp8 caches
+    k_scale: torch.Tensor,  # [1] or [num_kv_heads] float32, used for quantised caches
+    v_scale: torch.Tensor,
     softmax_scale: float,
     *,
     causal: bool = True,
@@ -207,16 +215,20 @@ def prefix_prefill(
     """
     tile = tiling(q.shape[2], v.shape[2], q.element_size())
     ks, vs = key_strides(k_cache, layout), value_strides(v_cache, layout)
+    (k_loaded, mantissa), (v_loaded, _) = as_loaded(k_cache), as_loaded(v_cache)
     grid = (seq_lens.shape[0], q.shape[1], triton.cdiv(max_query_len, tile.queries))
     prefix_prefill_kernel[grid](
-        q, k, v, out, lse, k_cache, v_cache, k_scale, v_scale, block_table, query_start_loc, seq_lens,
+        q, k, v, out, lse, k_loaded, v_loaded, k_scale, v_scale, block_table, query_start_loc, seq_lens,
         alibi_slopes, sinks,
         softmax_scale, logits_soft_cap, sliding_window, int(skip_decode),
         q.shape[2], v.shape[2], page_size_of(k_cache, layout), q.shape[1] // k.shape[1],
         block_table.stride(0), *q.stride(), *k.stride(), *v.stride(), *out.stride(),
         *(lse.stride() if lse is not None else (0, 0)),
         ks.page, ks.slot, ks.head, ks.dim, ks.lane, vs.page, vs.slot, vs.head, vs.dim,
+        *(scale.stride(0) if len(scale) > 1 else 0 for scale in (k_scale, v_scale)),
         VECTOR=ks.vector,
+        QUANTISED=k_cache.element_size() == 1,
+        MANTISSA=mantissa,
         CAUSAL=causal,
         HAS_SOFT_CAP=logits_soft_cap > 0,
         QUERIES=tile.queries,

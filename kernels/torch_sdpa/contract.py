@@ -7,8 +7,8 @@ from harness.kernel.contract import Contract
 from harness.kernel.numerics import NumericsProfile
 
 _FEATURES = frozenset({
-    "sliding_window", "noncausal", "logits_soft_cap", "alibi", "sinks", "softmax_scale", "head_size_v", "prefill",
-    "strided_cache", "strided_inputs", "queries_before_keys",
+    "sliding_window", "noncausal", "logits_soft_cap", "alibi", "sinks", "sink_tokens", "softmax_scale", "head_size_v",
+    "prefill", "strided_cache", "strided_inputs", "queries_before_keys",
 })  # fmt: skip
 
 _Q_AND_OUT = frozenset({"auto", "fp8_e4m3", "fp8_e4m3fnuz", "fp8_e5m2", "fp8_e5m2fnuz"})

@@ -99,7 +99,8 @@ def visible_keys(args: LaunchArguments, distance: torch.Tensor) -> torch.Tensor:
     if args.causal:
         seen &= distance <= 0
     if args.sliding_window > 0:
-        seen &= -distance < args.sliding_window
+        sink = torch.arange(distance.shape[1], device=distance.device) < args.sink_tokens  # [seq_len]
+        seen &= (-distance < args.sliding_window) | sink
     return seen
 
 

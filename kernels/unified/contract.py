@@ -9,7 +9,7 @@ from harness.kernel.contract import Contract
 from harness.kernel.numerics import NumericsProfile
 
 _FEATURES = frozenset({
-    "sliding_window", "noncausal", "logits_soft_cap", "alibi", "sinks", "softmax_scale", "split_kv",
+    "sliding_window", "noncausal", "logits_soft_cap", "alibi", "sinks", "sink_tokens", "softmax_scale", "split_kv",
     "head_size_v", "prefill", "strided_cache", "strided_inputs", "strided_workspace",
     "queries_before_keys",
 })  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .softmax_rows import initial_max_and_sum, rescale, store_rows
+from .._shared.softmax_rows import initial_max_and_sum, rescale, store_rows
 
 _RUNTIME = (
     "query_start_loc_ptr", "seq_lens_ptr", "sinks_ptr", "output_scale_ptr", "out_ptr", "lse_ptr", "partial_out_ptr",

@@ -25,7 +25,7 @@ from .._shared.paged_tile import (
     visible,
 )
 from .._shared.payload import as_loaded, descales_by_key, descales_of, payload_values
-from .softmax_rows import initial_max_and_sum, rescale, store_rows
+from .._shared.softmax_rows import initial_max_and_sum, rescale, store_rows
 from .split_kv import keys_per_split, part_offsets, split_kv_combine_kernel
 
 # Pointers and sizes differ from case to case: specialising on their alignment or on the value 1 would only multiply
@@ -35,7 +35,7 @@ _RUNTIME = (
     "kv_last_page_len_ptr", "query_start_loc_ptr", "seq_lens_ptr", "q_descale_ptr",
     "k_descale_ptr", "v_descale_ptr", "output_scale_ptr", "alibi_slopes_ptr", "sinks_ptr", "out_ptr", "lse_ptr",
     "partial_out_ptr", "partial_max_ptr", "partial_sum_ptr", "gqa_ratio", "head_size", "head_size_v", "page_size",
-    "window", "num_splits", "q_stride_token", "q_stride_head", "out_stride_token", "out_stride_head",
+    "window", "sink_tokens", "num_splits", "q_stride_token", "q_stride_head", "out_stride_token", "out_stride_head",
     "lse_stride_token", "lse_stride_head", "table_stride", "k_stride_page", "k_stride_slot", "k_stride_head",
     "v_stride_page", "v_stride_head", "k_descale_page", "k_descale_slot", "k_descale_head", "v_descale_page",
     "v_descale_slot", "v_descale_head", "part_stride_split", "part_stride_token", "part_stride_head",
@@ -77,6 +77,7 @@ def unified_paged_kernel(
     head_size_v: tl.int32,
     page_size: tl.int32,
     window: tl.int32,
+    sink_tokens: tl.int32,
     num_splits: tl.int32,
     q_stride_token: tl.int64,
     q_stride_head: tl.int64,
@@ -165,9 +166,14 @@ def unified_paged_kernel(
     if CAUSAL:
         last_query = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // gqa_ratio, query_len - 1)
         end_key = tl.minimum(end_key, context_len + last_query + 1)
+    sink_tiles = 0  # tiles of keys that hold sink tokens, where the window begins behind them
+    own_first = first_key
     if window > 0:
         oldest = tl.maximum(context_len + (tile * BLOCK_M) // gqa_ratio - window + 1, 0)
         first_key = tl.maximum(first_key, oldest // BLOCK_N * BLOCK_N)
+        sink_end = tl.minimum(tl.minimum(sink_tokens, first_key), end_key)
+        sink_tiles = tl.cdiv(tl.maximum(sink_end - own_first, 0), BLOCK_N)
+    num_tiles = sink_tiles + tl.cdiv(tl.maximum(end_key - first_key, 0), BLOCK_N)
 
     dim = tl.arange(0, BLOCK_D)
     dim_v = tl.arange(0, BLOCK_DV)
@@ -188,7 +194,10 @@ def unified_paged_kernel(
         row_max, row_sum = initial_max_and_sum(sinks_ptr, head, present, BLOCK_M)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
-    for tile_start in range(first_key, end_key, BLOCK_N):
+    for number in range(0, num_tiles):
+        tile_start = own_first + number * BLOCK_N
+        if number >= sink_tiles:
+            tile_start = first_key + (number - sink_tiles) * BLOCK_N
         key = tile_start + tl.arange(0, BLOCK_N)
         cached = key < seq_len
         page = tl.load(table_row + key // page_size, mask=cached, other=0)
@@ -210,7 +219,7 @@ def unified_paged_kernel(
             scores = soft_cap(scores, cap)
         if alibi_slopes_ptr is not None:
             scores += slope[:, None] * (key[None, :] - query_pos[:, None]).to(tl.float32)
-        seen = visible(query_pos[:, None], key[None, :], seq_len, window, CAUSAL)
+        seen = visible(query_pos[:, None], key[None, :], seq_len, window, CAUSAL, sink_tokens)
         scores = tl.where(seen, scores, float("-inf"))
 
         new_max = tl.maximum(row_max, tl.max(scores, 1))
@@ -303,7 +312,7 @@ def launch(args: LaunchArguments) -> None:
         args.alibi_slopes, args.sinks, out, args.lse, partial_out, partial_max, partial_sum,
         args.softmax_scale, args.logits_soft_cap,
         gqa_ratio, head_size, head_size_v, page_size_of(args.k_cache, args.layout), args.sliding_window,
-        splits,
+        args.sink_tokens, splits,
         *args.q.stride(), *args.out.stride(), *lse_strides, table_stride,
         k_strides.page, k_strides.slot, k_strides.head, k_strides.dim, k_strides.lane,
         v_strides.page, v_strides.slot, v_strides.head, v_strides.dim, v_strides.slot_lane,

@@ -27,6 +27,7 @@ UNIFIED = case("unified_paged", (5, 1), (30, 40))
 LISTED = case("unified_paged", (5, 1), (30, 40), page_table="kv_indices")
 VECTORIZED = case("unified_paged", (5, 1), (30, 40), layout="vectorized", strides="cache")
 UNIFIED_WINDOW = case("unified_paged", (5,), (79,), sliding_window=17)
+UNIFIED_SINKS = case("unified_paged", (5,), (110,), sliding_window=17, sink_tokens=3)
 SPLIT = case("unified_paged", (1, 1), (140, 70), num_splits=3)
 BY_TOKEN = case("unified_paged", (5, 1), (30, 40), kv_dtype="int8", descales_per="token", strides="cache")
 BY_HEAD = case("unified_paged", (5, 1), (30, 40), kv_dtype="fp8_e5m2fnuz", descales_per="head", strides="cache")
@@ -101,6 +102,13 @@ FAULTS = (
         "gqa_ratio - window + 1, 0)",
         "gqa_ratio - window + 2, 0)",
         ("never read: K and V of position 63 ",),
+    ),
+    Fault(
+        "sink tokens not visited",
+        UNIFIED_SINKS,
+        "sink_tiles = tl.cdiv(",
+        "sink_tiles = 0 * tl.cdiv(",
+        ("never read: K and V of positions 0..2 (page ",),
     ),
     Fault(
         "over-read by one page",
@@ -409,6 +417,20 @@ def test_buffers_that_are_not_as_they_were_built_are_not_judged() -> None:
 def test_an_over_read_that_is_no_declaration_is_refused(buffer: str, amount: int, because: str) -> None:
     with pytest.raises(ValueError, match="an over-read needs a buffer"):
         OverRead(buffer, amount, because)
+
+
+def test_pages_of_sink_tokens_stay_alive_where_the_window_has_left_them(tmp_path: Path) -> None:
+    contract = replace(KERNELS["unified_paged"], window_pages="dead")
+    one = case("unified_paged", (1,), (200,), sliding_window=16, sink_tokens=3)
+    honest = run(contract, one)
+    assert (honest.outcome, honest.access) == (Outcome.FAIL, "traced")  # a tile of keys reaches beyond these pages
+    assert told(honest)[0].startswith("read, though dead: ")
+    pages = case("unified_paged", (1,), (200,), sliding_window=16, sink_tokens=3, page_size=64)
+    assert run(contract, pages).outcome is Outcome.PASS
+    further = faulty("unified_paged", tmp_path, "sink_end - own_first, 0)", "sink_end + 64 - own_first, 0)")
+    verdict = run(replace(further, window_pages="dead"), pages)
+    assert verdict.outcome is Outcome.FAIL
+    assert told(verdict)[0].startswith("read, though dead: K and V of positions 64..127 (page 1, slot 0)")
 
 
 def test_window_pages_are_live_or_dead() -> None:

@@ -41,6 +41,8 @@ def test_dead_is_what_no_row_sees(content: Content) -> None:
     firsts = (60 - 19, 62 - 19, 0, 40 - 19, 0)  # cut to what is cached: (61, 62 or 67, ...), which is more
     columns = dead_columns(CASE, content, "dead")
     assert columns == tuple(range(first // 16) for first in firsts)
+    with_sinks = dead_columns(replace(CASE, sink_tokens=17), content, "dead")  # on two pages
+    assert with_sinks == tuple(range(min(2, n // 16) if n else 0, n // 16) for n in firsts)
     assert dead_columns(CASE, content, "live") == (range(0),) * 5
     assert dead_columns(replace(CASE, sliding_window=None), content, "dead") == (range(0),) * 5
 
@@ -93,7 +95,7 @@ def test_what_is_left_on_a_dead_page_is_told() -> None:
     for left in (replace(cache, k=live.k), replace(cache, v=live.v)):
         with pytest.raises(SetupBug, match=r"poison in page \d+ \(out of the window\)"):
             verify_cache(problem, left, Content.ALL, "dead")
-    with pytest.raises(SetupBug, match="NaN for K of kv head 0 in page"):
+    with pytest.raises(SetupBug, match=r"NaN for K of kv head 0 in page \d+"):
         verify_cache(problem, replace(cache, kv_block_descale=live.kv_block_descale), Content.ALL, "dead")
     with pytest.raises(SetupBug, match="is poison"):
         verify_cache(problem, cache, Content.ALL, "live")

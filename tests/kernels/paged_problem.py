@@ -42,6 +42,7 @@ class Paged:
     strided: bool = False
     causal: bool = True
     window: int = 0
+    sink_tokens: int = 0
     cap: float = 0.0
     alibi: bool = False
     sinks: bool = False
@@ -123,6 +124,7 @@ def build(p: Paged, *, with_lse: bool = True) -> Built:
         k_scale=torch.tensor([k_scale]), v_scale=torch.tensor([v_scale]), kv_dtype=p.kv_dtype,
         softmax_scale=0.8 * p.head_size**-0.5, causal=p.causal, sliding_window=p.window, logits_soft_cap=p.cap,
         alibi_slopes=slopes, sinks=sinks, num_splits=p.num_splits, out=out, lse=lse if with_lse else None,
+        sink_tokens=p.sink_tokens,
     )  # fmt: skip
 
     def dequantised(tokens: torch.Tensor, scale: float) -> torch.Tensor:
@@ -160,16 +162,15 @@ def _dense(
         for query_pos in range(p.context_lens[seq], p.context_lens[seq] + query_len):
             last = min(query_pos, p.seq_lens[seq] - 1) if p.causal else p.seq_lens[seq] - 1
             first = max(query_pos - p.window + 1, 0) if p.window else 0
+            seen = torch.tensor([*range(min(p.sink_tokens, first)), *range(first, last + 1)], dtype=torch.int64)
             for head in range(p.num_q_heads):
                 kv_head = head // p.gqa_ratio
-                k, v = keys[seq][first : last + 1, kv_head], values[seq][first : last + 1, kv_head]
-                if last < first:
-                    k, v = k[:0], v[:0]
+                k, v = keys[seq][seen, kv_head], values[seq][seen, kv_head]
                 s = (k @ args.q[token, head].double()) * args.softmax_scale
                 if p.cap:
                     s = p.cap * torch.tanh(s / p.cap)
                 if args.alibi_slopes is not None:
-                    s = s + args.alibi_slopes[head].double() * (torch.arange(first, first + len(s)) - query_pos)
+                    s = s + args.alibi_slopes[head].double() * (seen - query_pos)
                 logits = s if args.sinks is None else torch.cat([s, args.sinks[head].double().view(1)])
                 if len(logits):
                     lse[token, head] = torch.logsumexp(logits, 0)

@@ -246,7 +246,7 @@ SOURCE_FAULTS = {
     "padding heads stored": (DECODE, D, "mask=in_group[:, None] & (dim_v < head_size_v)[None, :]",
         "mask=(member >= 0)[:, None] & (dim_v < head_size_v)[None, :]", decode_rows(MIXED)),
     "K scale for V": (CHUNKED, P, "v_cache_ptr, v_scale_ptr, page", "v_cache_ptr, k_scale_ptr, page", FP8),
-    "fp8 not scaled": (CHUNKED, S, " * tl.load(scale_ptr)", "", FP8),
+    "fp8 not scaled": (CHUNKED, S, " * tl.load(scale_ptr + kv_head * stride_scale)", "", FP8),
     "tail of last page not masked": (CHUNKED, S, "mask=keep[:, None] & (dim", "mask=(dim", MIXED),
     "padded dims not masked": (CHUNKED, S, " & (dim < head_size)[None, :]", "", replace(
         MIXED, head_size=24, strided=True)),

@@ -38,6 +38,7 @@ HONEST = {
     "gqa 17": Paged(gqa_ratio=17),
     "gqa 64": Paged(gqa_ratio=64, num_kv_heads=1, query_lens=(1,), context_lens=(70,)),
     "window 1": Paged(window=1),
+    "window and sink tokens": Paged(window=9, sink_tokens=3, alibi=True),
     "not causal": Paged(causal=False),
     "not causal, window": Paged(causal=False, window=9),
     "soft cap": Paged(cap=1.5, gain=3.0),

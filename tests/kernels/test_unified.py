@@ -52,6 +52,12 @@ HONEST = {
     "gqa 64": Paged(gqa_ratio=64, num_kv_heads=1, query_lens=(1, 1), context_lens=(30, 70)),
     "window 1": Paged(window=1),
     "window skips tiles": replace(LONG, window=50),
+    "window and sink tokens": Paged(window=9, sink_tokens=3),
+    "window and sink tokens of several tiles": replace(LONG, window=20, sink_tokens=70),
+    "window and more sink tokens than keys": Paged(window=2, sink_tokens=99),
+    "window and sink tokens, split": replace(LONG, window=20, sink_tokens=70, num_splits=3),
+    "window and sink tokens, not causal": replace(LONG, window=50, sink_tokens=3, causal=False, alibi=True),
+    "sink tokens without a window": Paged(sink_tokens=3),
     "not causal": Paged(causal=False),
     "not causal, window": Paged(causal=False, window=9),
     "soft cap": Paged(cap=1.5, gain=3.0),
@@ -97,6 +103,17 @@ FAULTS = {
         query_lens=(1,), context_lens=(64,))),
     "window starts late": ("gqa_ratio - window + 1, 0)", "gqa_ratio - window + 2, 0)", Paged(
         window=2, query_lens=(1,), context_lens=(64,))),
+    "sink tokens dropped": ("CAUSAL, sink_tokens)", "CAUSAL, 0)", Paged(window=9, sink_tokens=3)),
+    "one sink token too many": ("CAUSAL, sink_tokens)", "CAUSAL, sink_tokens + 1)", Paged(window=9, sink_tokens=3)),
+    "one sink token too few": ("CAUSAL, sink_tokens)", "CAUSAL, sink_tokens - 1)", Paged(window=9, sink_tokens=3)),
+    "sink tokens beyond the causal edge": (
+        "CAUSAL, sink_tokens)\n", "CAUSAL, sink_tokens) | (key[None, :] < sink_tokens)\n", Paged(
+        window=9, sink_tokens=3, query_lens=(5,), context_lens=(0,))),
+    "tiles of sink tokens not visited": ("sink_tiles = tl.cdiv(", "sink_tiles = 0 * tl.cdiv(", replace(
+        LONG, window=9, sink_tokens=3)),
+    "sink tokens of another split": (
+        "tl.minimum(tl.minimum(sink_tokens, first_key), end_key)", "tl.minimum(sink_tokens, first_key)", replace(
+        LONG, window=20, sink_tokens=70, num_splits=7)),
     "V tail not masked": ("mask=cached[:, None] & (dim_v < head_size_v)[None, :], other=0.0)\n        if", (
         "mask=(dim_v < head_size_v)[None, :], other=0.0)\n        if"), Paged(query_lens=(1,), context_lens=(40,))),
     "page table read behind the row": ("mask=cached, other=0)", "mask=key >= 0, other=0)", Paged(

@@ -17,6 +17,7 @@ MIXED = ((48, 1, 20, 3), (300, 257, 20, 1))  # query_lens, seq_lens: chunk, deco
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
     "window": {"sliding_window": 37},
+    "window and sink tokens": {"sliding_window": 37, "sink_tokens": 5},
     "noncausal": {"causal": False},
     "soft_cap": {"logits_soft_cap": 2.0},
     "alibi": {"alibi": True},

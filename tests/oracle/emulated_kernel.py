@@ -70,7 +70,8 @@ def _logits(inputs: AttentionInputs, dots: torch.Tensor, distance: torch.Tensor,
     if inputs.causal:
         logits = logits.masked_fill(distance > causal_shift, float("-inf"))
     if inputs.sliding_window is not None:
-        logits = logits.masked_fill(-distance >= inputs.sliding_window, float("-inf"))
+        sink = torch.arange(distance.shape[1], device=distance.device) < inputs.sink_tokens
+        logits = logits.masked_fill((-distance >= inputs.sliding_window) & ~sink, float("-inf"))
     return logits
 
 

@@ -48,6 +48,16 @@ def test_honest_outputs_lie_inside(law: str, profile: str, q_dtype: str) -> None
         assert judge_hull(inputs, out, PROFILES[profile], q_dtype).num_outside == 0
 
 
+def test_an_8_bit_output_that_saturates_lies_inside() -> None:
+    profile = NumericsProfile(out_dtype="fp8_e4m3", out_scale=2.0**-10)  # largest value 0.4375
+    inputs = make_case("normal", "bf16", lengths=((4,), (64,)))
+    inputs = replace(inputs, v=1 + 0.01 * inputs.v)
+    out, _ = run_emulated(inputs, profile, "bf16")
+    assert bool((out.float() == 448).all())
+    assert judge_hull(inputs, out.float() * profile.out_scale, profile, "bf16").num_outside == 0
+    assert judge_hull(inputs, out.float() * profile.out_scale * 0.9, profile, "bf16").num_outside == out.numel()
+
+
 def test_values_outside_are_counted_and_the_worst_is_named() -> None:
     inputs = make_case("normal", "bf16", lengths=((4, 2), (9, 20)))
     out, _ = run_emulated(inputs, NumericsProfile(), "bf16")

@@ -68,6 +68,16 @@ FAULTS: dict[str, tuple[dict[str, Any], Change, dict[str, Any], str, float, dict
     "window one wider": (
         {"sliding_window": 37}, lambda i: replace(i, sliding_window=38), {}, gains.BEYOND_OLDEST, 1, {},
     ),
+    "sink tokens dropped": (
+        {"sliding_window": 37, "sink_tokens": 5}, lambda i: replace(i, sink_tokens=0), {}, gains.SINK_TOKENS, -1, {},
+    ),
+    "one sink token too many": (
+        {"sliding_window": 37, "sink_tokens": 5}, lambda i: replace(i, sink_tokens=6), {}, gains.BEYOND_SINKS, 1, {},
+    ),
+    "window beside sink tokens one narrower": (
+        {"sliding_window": 37, "sink_tokens": 5}, lambda i: replace(i, sliding_window=36), {}, gains.OLDEST_WEIGHT,
+        -1, {},
+    ),
     "causal off by one": ({}, lambda i: i, {"causal_shift": 1}, gains.BEYOND_NEWEST, 1, {}),
     "causal off by minus one": ({}, lambda i: i, {"causal_shift": -1}, gains.NEWEST_WEIGHT, -1, {}),
     "gqa modulo": ({}, _heads(_modulo), {}, gains.HEAD_MODULO, 1, {}),

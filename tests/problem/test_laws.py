@@ -20,6 +20,7 @@ VARIANTS = {
     "plain": {},
     "window": {"sliding_window": 17},
     "window of one": {"sliding_window": 1},
+    "window and sink tokens": {"sliding_window": 17, "sink_tokens": 3},
     "not causal": {"causal": False, "sliding_window": 33},
     "alibi and sinks": {"alibi": True, "sinks": True},
     "sinks": {"sinks": True, "dtype": "bf16"},
@@ -52,7 +53,7 @@ def rows_of(problem: Problem) -> Iterator[tuple[torch.Tensor, torch.Tensor, torc
             scores = case.logits_soft_cap * torch.tanh(scores / case.logits_soft_cap)
         if problem.alibi_slopes is not None:
             scores = scores + problem.alibi_slopes.double()[:, None] * (key - pos[:, None, None])
-        yield scores, visible(pos[:, None], key, len(keys), case.causal, case.sliding_window), pos
+        yield scores, visible(pos[:, None], key, len(keys), case.causal, case.sliding_window, case.sink_tokens), pos
 
 
 def masses(problem: Problem, scores: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:

@@ -61,6 +61,9 @@ def features() -> Iterator[dict[str, Any]]:
         for window in (None, 1, 3):
             yield {"causal": causal, "sliding_window": window}
             yield {"causal": causal, "sliding_window": window, "sinks": True, "alibi": True, "logits_soft_cap": 1.5}
+    yield {"sliding_window": 2, "sink_tokens": 1}
+    yield {"sliding_window": 1, "sink_tokens": 3, "sinks": True, "alibi": True}
+    yield {"sliding_window": 1, "sink_tokens": 2, "causal": False}
     yield {"alibi": True}
     yield {"sinks": True}
     yield {"logits_soft_cap": 0.7}
@@ -115,13 +118,14 @@ def test_row_sums_are_the_moments_of_a_value_of_one(rounding: Rounding) -> None:
         assert_equal(row, getattr(got, row), getattr(got, element)[..., 0])
 
 
-@pytest.mark.parametrize("fault", ["causal", "window", "scale", "gqa", "cap"])
+@pytest.mark.parametrize("fault", ["causal", "window", "sink_tokens", "scale", "gqa", "cap"])
 def test_the_comparison_sees_a_wrong_reference(fault: str) -> None:
     """The agreement above is not vacuous: a reference with one fault differs by far more than 1e-12."""
-    inputs = make_inputs(sliding_window=3, logits_soft_cap=2.0)
+    inputs = make_inputs(sliding_window=3, sink_tokens=1, logits_soft_cap=2.0)
     wrong = {
         "causal": replace(inputs, causal=False),
         "window": replace(inputs, sliding_window=4),
+        "sink_tokens": replace(inputs, sink_tokens=2),
         "scale": replace(inputs, softmax_scale=inputs.softmax_scale * 1.001),
         "gqa": replace(inputs, k=inputs.k.flip(1)),
         "cap": replace(inputs, logits_soft_cap=None),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .._shared.payload import to_payload
+from .payload import to_payload
 
 
 @triton.jit
