@@ -34,7 +34,7 @@ from harness.case import Case, Rows
 from harness.errors import KernelRaised
 from harness.kernel.contract import Contract
 from harness.kernel.registry import find_kernels
-from harness.problem.admission import LAWS, law_refusal
+from harness.problem.admission import LAWS, descales_refusal, law_refusal
 from harness.run.run_case import resolve_device
 
 DEFAULT_RUNS = {"cpu": 2_000, "cuda": 5_000}
@@ -65,6 +65,7 @@ def plan(index: int, device: str, contracts: dict[str, Contract]) -> Case:
         case = _drawn(draw, contract, index)
         masked = contract.name in {backend.name for backend, _ in BACKENDS} and not accepts(case)
         refusal = contract.unsupported(case) or law_refusal(case) or ("its rows need a mask" if masked else None)
+        refusal = refusal or descales_refusal(case)
         if refusal is None:
             return case
     raise ValueError(f"no case for {contract.name} in {MAX_DRAWS} draws; the last was refused: {refusal}")
@@ -75,14 +76,18 @@ def _drawn(draw: random.Random, contract: Contract, index: int) -> Case:
         return value if feature in contract.features and draw.random() < 0.2 else None
 
     heads, group = draw.choice(HEADS)
-    kv_dtype = draw.choice(("auto", "auto", "fp8_e4m3", "fp8_e5m2"))
+    kv_dtype = "auto" if draw.random() < 0.4 else draw.choice(sorted(contract.kv_dtypes))
+    per = "tensor" if kv_dtype == "auto" else draw.choice(sorted(contract.descales_per))
     return Case(
         matrix="false_alarms",
         kernel=contract.name,
         rows=draw.choice((*DECODE, *WHOLE, *MIXED)),
         dtype=draw.choice(sorted(contract.dtypes)),
         kv_dtype=kv_dtype,
-        descales_per="tensor" if kv_dtype == "auto" else draw.choice(sorted(contract.descales_per)),
+        descales_per=per,
+        descales="loud" if per == "tensor" else draw.choice(("loud", "quiet")),
+        q_dtype="auto" if draw.random() < 0.7 else draw.choice(sorted(contract.q_dtypes)),
+        out_dtype="auto" if draw.random() < 0.8 else draw.choice(sorted(contract.out_dtypes)),
         num_q_heads=heads,
         gqa_ratio=group,
         head_size=draw.choice((64, 128)),

@@ -54,6 +54,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     for name in ("--buffer-map", "--fault"):  # of processes that attnreg starts: where they leave addresses
         group.addoption(name, metavar="FILE", help=argparse.SUPPRESS)
     group.addoption("--fence-only", metavar="NAMES", help=argparse.SUPPRESS)  # of such, too: the buffers to fence
+    group.addoption("--fence-front", action="store_true", help=argparse.SUPPRESS)  # and at which end
     group.addoption("--reports", metavar="DIR", help="where run logs go (default: reports/ of pytest's root folder)")
     parser.addini("case_timeout", "seconds a case may take, 0 for no limit", default="300")
 

@@ -214,6 +214,7 @@ class Session:
             fences=Fences(
                 self.config.getoption("--fences"),
                 None if (only := self.config.getoption("--fence-only")) is None else frozenset(only.split(",")),
+                self.config.getoption("--fence-front"),
             ),
             buffer_map=Path(chosen) if (chosen := self.config.getoption("--buffer-map")) else None,
         )

@@ -36,6 +36,7 @@ def test_kernels_say_what_their_roundings_hide(tmp_path: Path, capsys: pytest.Ca
     assert "numerics (unknown), bf16: P in bf16: a fault must be 8 times as large as with P in fp16" in said
     assert "numerics (unknown), fp32: P in TF32: faults smaller than 2^-10 of V pass" in said
     assert "numerics, fp32: nothing is hidden" in said  # of kernels that declare theirs
+    assert "numerics of batch_prefill_v3_kernel, bf16: P in fp8_e4m3" in said  # of one kernel of a contract with two
 
 
 def test_check_and_kernels_take_folders_of_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,11 +59,14 @@ class Fenced:
     views: dict[str, torch.Tensor]
 
 
-def fenced(tensors: Mapping[str, torch.Tensor], *, fill: tuple[torch.dtype, int], room: int = 0) -> Fenced:
+def fenced(
+    tensors: Mapping[str, torch.Tensor], *, fill: tuple[torch.dtype, int], room: int = 0, front: bool = False
+) -> Fenced:
     """`tensors`, which share one storage, moved together to fenced memory.
 
     fill: integer type and value that all memory around them holds. room: bytes behind the last element that belong to
-    them as well. Raises MemoryError, and UsageError where there is no virtual memory.
+    them as well. front: they begin where the memory does, and what is left of it lies behind.
+    Raises MemoryError, and UsageError where there is no virtual memory.
     """
     first_tensor = next(iter(tensors.values()))
     storage = torch.empty(0, dtype=torch.uint8, device=first_tensor.device).set_(first_tensor.untyped_storage())
@@ -73,7 +76,7 @@ def fenced(tensors: Mapping[str, torch.Tensor], *, fill: tuple[torch.dtype, int]
     step = max(_alignment(tensor) for tensor in tensors.values())
     memory = _mapped(len(image) + step - 1, image.device)
     memory.view(fill[0]).fill_(fill[1])
-    at = len(memory) - len(image)
+    at = step - 1 if front else len(memory) - len(image)
     at -= (at - (storage.data_ptr() + first)) % step  # a mapping begins at a multiple of any step
     memory[at : at + len(image)] = image
     return Fenced(memory, {name: view.over(memory, at - first) for name, view in views.items()})

@@ -1,11 +1,13 @@
 """Which fence a case ran into, where no address is told: a GPU says that an access was illegal, not where it went.
 
 Invariant: a buffer is named only if the case crashes alone with nothing but that buffer fenced, and does not without
-any fence; whatever else comes of the search is said, too.
+any fence; whatever else comes of the search is said, too. Behind it is where the touch went if the case does not crash
+with the buffer at the other end of its memory.
 """
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -51,9 +53,9 @@ class FenceSearch:
         vars(report)["attnreg"], report.longrepr = record.to_json(), failure_text(record)
 
     def _search(self, reproduce: str, environment: Mapping[str, str]) -> str:
-        def run(names: Sequence[str]) -> Alone:
-            only = f"{reproduce} --fence-only={','.join(names)}"
-            return run_alone(self.session, only, environment=environment)
+        def run(names: Sequence[str], *how_placed: str) -> Alone:
+            words = [reproduce, shlex.quote(f"--fence-only={','.join(names)}"), *how_placed]
+            return run_alone(self.session, " ".join(words), environment=environment)
 
         bare = run(())
         if not bare.started:
@@ -63,7 +65,8 @@ class FenceSearch:
         name = culprit([span.name for span in bare.buffers], lambda names: died(run(names)))
         if name is None:
             return "no single fence makes it crash, and without any it does not"
-        return f"touched memory before or behind {name} (with its fence alone it crashes, without any it does not)"
+        side = "before or far behind" if died(run((name,), "--fence-front")) else "behind"
+        return f"touched memory {side} {name} (with its fence alone it crashes, without any it does not)"
 
 
 def is_unnamed(record: Record) -> bool:

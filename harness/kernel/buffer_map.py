@@ -38,15 +38,23 @@ class Span:
 
 def write_buffer_map(path: Path, tensors: Mapping[str, torch.Tensor], fenced: Collection[str] = ()) -> None:
     """fenced: names of the buffers with nothing mapped FENCE bytes before and behind them."""
+    path.write_text("", encoding="ascii")
+    for name, tensor in tensors.items():
+        add_to_buffer_map(path, name, tensor, fenced=name in fenced)
+
+
+def add_to_buffer_map(path: Path, name: str, tensor: torch.Tensor, *, fenced: bool) -> None:
+    """For what a kernel is handed while it runs."""
     from harness.cache.fence import FENCE  # imports torch, which readers of the map do without
 
-    spans = [vars(Span.of(name, tensor, FENCE if name in fenced else 0)) for name, tensor in tensors.items()]
-    path.write_text(json.dumps(spans), encoding="ascii")
+    with path.open("a", encoding="ascii") as file:
+        file.write(json.dumps(vars(Span.of(name, tensor, FENCE if fenced else 0))) + "\n")
 
 
 def read_buffer_map(path: Path) -> list[Span]:
     """What was written; nothing where the process did not get so far."""
-    return [Span(**fields) for fields in json.loads(path.read_text(encoding="ascii"))] if path.exists() else []
+    lines = path.read_text(encoding="ascii").splitlines() if path.exists() else []
+    return [Span(**json.loads(line)) for line in lines]
 
 
 def describe_address(address: int, spans: Iterable[Span]) -> str | None:

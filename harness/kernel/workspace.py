@@ -28,10 +28,13 @@ class Allocator(Protocol):
 
 @dataclass(frozen=True)
 class Workspaces:
-    """The allocator of one launch. `reach` places the rows of whatever has two rows or more at a boundary."""
+    """The allocator of one launch. `reach` places the rows of whatever has two rows or more at a boundary; what is
+    handed out is what `prepare` makes of it.
+    """
 
     device: torch.device
     reach: Reach | None = None
+    prepare: Callable[[GuardedOutput], GuardedOutput] = lambda made: made
     handed: dict[str, GuardedOutput] = field(
         default_factory=dict
     )  # by the name given, numbered where it was given twice
@@ -50,7 +53,7 @@ class Workspaces:
             )
         else:
             made = guarded_output(label, rows, dtype, self.device, strided=False, poison=SCRATCH)
-        self.handed[key] = made
+        self.handed[key] = made = self.prepare(made)
         return made.tensor[(None,) * single]
 
     def tensors(self) -> Mapping[str, torch.Tensor]:

@@ -36,11 +36,11 @@ DATA_LAWS = (
     "normal", "probe", "needle", "uniform", "outliers", "negative",
     "needle_edges", "rising", "falling", "large", "biased", "bar_codes", "tiny",
 )  # fmt: skip
-TWIN_AXES = ("layout", "page_table", "table_padding", "strides")  # they move bytes, and nothing else
 KV_DTYPES = ("fp8_e4m3", "fp8_e4m3fnuz", "fp8_e5m2", "fp8_e5m2fnuz", "int8")
 FP8_DTYPES = KV_DTYPES[:-1]
 DESCALES_PER = ("tensor", "head", "page", "token")
 DESCALES = ("loud", "quiet", "equal", "one")
+TWIN_AXES = ("layout", "page_table", "table_padding", "strides")  # they move bytes, and nothing else
 POOLS = ("auto", "dense", "aliased")
 PLACEMENTS = ("shuffled", "sequential", "reversed", "shared_prefix")
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]*)")

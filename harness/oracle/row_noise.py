@@ -20,6 +20,7 @@ enters neither. Rows whose errors are not generic (one key has all the mass, or 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -285,4 +286,24 @@ def rows_alike(out: torch.Tensor, profile: NumericsProfile, q_dtype: str) -> tor
     roundoff = max(element_type(profile.out_type(q_dtype)).unit_roundoff, COARSEST)
     direction = out / out.norm(dim=-1, keepdim=True).clamp_min_(1e-300)
     count: torch.Tensor = ((direction @ direction.transpose(-1, -2)) > 1 - 8 * roundoff**2).sum(-1).clamp_(min=1)
+    return count
+
+
+def patterns_alike(rows: Rows, profile: NumericsProfile, q_dtype: str) -> torch.Tensor:
+    """How many rows of the same sequence and KV head round P as each does, as far as correlations go: [L].
+
+    Logits that differ by d between two rows, but for a constant, of which the steps of P are h apart, have rounding
+    errors that correlate by exp(-2 pi^2 var(d) / h^2), on average over such d: the first harmonic of their sawtooth.
+    """
+    step = 2 * max(element_type(profile.p_type(q_dtype, cached)).unit_roundoff for cached in (True, False))
+    seen = rows.visible.expand_as(rows.p).double()  # [L, n]
+    logits = rows.scores.masked_fill(~rows.visible, 0.0)
+    weight = rows.p.square().mean(2, keepdim=True) * seen
+    first, other = weight * logits, seen.transpose(-1, -2)
+    common = (weight @ other).clamp_(min=1e-300)  # [L, L'], of the keys that both rows see
+    mean = first @ other
+    square = (first * logits) @ other
+    square = square + square.transpose(-1, -2) - 2 * first @ logits.transpose(-1, -2)
+    variance = square / common - ((mean - mean.transpose(-1, -2)) / common).square()
+    count: torch.Tensor = (-2 * math.pi**2 / step**2 * variance.clamp(min=0)).exp().sum(-1).clamp_(min=1)
     return count

@@ -19,11 +19,11 @@ import torch
 from harness.oracle.gain_findings import Z_LIMIT, z_scores
 from harness.oracle.gains import K_STALE, V_STALE, Gain, GainFindings, like_stale
 from harness.oracle.matched_filter import PageFilter, row_errors, weighted_sums
-from harness.oracle.row_noise import row_noise
+from harness.oracle.row_noise import patterns_alike, row_noise, rows_alike
 from harness.oracle.sampling import FEWEST_ROWS, MAX_WORK
 from harness.oracle.stale import Stale, across, at_transitions, by_key, scaled, spread
 from references.attention import AttentionInputs
-from references.rows import attention_rows
+from references.rows import Rows, attention_rows
 
 TILES = (64, 128)  # keys that are wrong at a transition; of smaller pages all are
 MAX_ROWS = 256  # of one sequence
@@ -111,7 +111,7 @@ def _of_heads(
         rows = attention_rows(of_heads(inputs, heads), [sequence], [chosen])
         own = by_key(descales, page_size, cached_len)
         changes = [scaled(rows, own, one.used(descales, page_size, cached_len)) for one in looked_at]
-        noise = row_noise(rows, filters.profile, filters.q_dtype)
+        noise = row_noise(rows, filters.profile, filters.q_dtype, _alike(rows, filters))
         x = across(torch.stack(changes, 2), rows.out[0])[None].float() * noise.used[..., None, None]
         moments = noise.moments(x)
         product = torch.zeros_like(moments.energy)  # [1, heads, L, looked at]
@@ -119,6 +119,12 @@ def _of_heads(
             error = row_errors(rows, out[:, heads.start * group : heads.stop * group], filters)
             product = (x @ error.float()[..., None])[..., 0]
         yield weighted_sums(product, moments, noise.second_order)[:, 0]
+
+
+def _alike(rows: Rows, filters: PageFilter) -> torch.Tensor:
+    """How many rows round as each does [1, heads, L]: so many are looked at that likeness of P alone counts as well."""
+    same = rows_alike(rows.out, filters.profile, filters.q_dtype)
+    return torch.maximum(same, patterns_alike(rows, filters.profile, filters.q_dtype))
 
 
 def chosen_rows(inputs: AttentionInputs, sequence: int) -> list[int]:

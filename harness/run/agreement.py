@@ -12,15 +12,17 @@ from dataclasses import replace
 from typing import Any
 
 from harness.case import Case
+from harness.errors import KernelRaised
 from harness.kernel.contract import Contract
 from harness.kernel.launch import launch
-from harness.kernel.registry import Launcher
+from harness.kernel.registry import Launcher, code_home
 from harness.matrix.axes import AXES, Choice
 from harness.problem.admission import layout_refusal, placement_refusal
 from harness.run.outcome import Outcome, Verdict
 from harness.run.setup import Setup, build_arguments, check_setup
 from harness.run.twice import bit_difference
 from harness.triage.explain import with_row
+from harness.triage.raised import explain_raised
 
 
 def with_agreement(
@@ -66,18 +68,14 @@ def twin_in(axis: str, case: Case, contract: Contract) -> Case | str:
 
 def _differences(axis: str, twin: Case, contract: Contract, setup: Setup, launcher: Launcher) -> list[str]:
     """What the outputs of `twin` have that those of `setup` have not, a line each."""
-    other = build_arguments(replace(setup.problem, case=twin), contract)
+    other = build_arguments(replace(setup.problem, case=twin), contract, fences=setup.fences)
     check_setup(other, contract)
-    result = launch(
-        contract,
-        twin,
-        launcher,
-        other.args,
-        other.outputs,
-        program_order_seed=twin.geometry_seed,
-        pools=other.cache.pools_by_argument,
-    )
-    name = f"the twin with {axis} {getattr(twin, axis)}"
+    name, seed = f"the twin with {axis} {getattr(twin, axis)}", twin.geometry_seed
+    pools = other.cache.pools_by_argument
+    try:
+        result = launch(contract, twin, launcher, other.args, other.outputs, program_order_seed=seed, pools=pools)
+    except KernelRaised as error:
+        return [f"{name}: {explain_raised(error, code_home(contract))['summary']}"]
     said = [f"{name}: {violation}" for violation in result.violations]
     for own, its in zip(setup.outputs, other.outputs, strict=True):
         if difference := bit_difference(own.tensor, its.tensor):

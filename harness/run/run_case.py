@@ -24,11 +24,10 @@ from harness.errors import (
     first_line,
 )
 from harness.interpreter import prepare
-from harness.kernel.buffer_map import write_buffer_map
 from harness.kernel.contract import Contract
 from harness.kernel.failures import memory_shortage
 from harness.kernel.fences import NO_FENCES, Fences
-from harness.kernel.launch import LaunchResult, input_tensors, launch
+from harness.kernel.launch import LaunchResult, launch
 from harness.kernel.registry import code_home, load_entry
 from harness.matrix.matrix import MustRun
 from harness.oracle.findings import AccessFindings
@@ -50,7 +49,7 @@ from harness.run.outcome import Outcome, Verdict
 from harness.run.plant import NO_PLANT, Plant
 from harness.run.reference import attend_as, reference_inputs
 from harness.run.serving import make_engine, serve
-from harness.run.setup import Setup, build_arguments, check_setup
+from harness.run.setup import Setup, build_arguments, check_setup, mapped
 from harness.run.stale import explain_stale
 from harness.run.twice import with_second_launch
 from harness.run.twin import with_noise_floor
@@ -198,8 +197,7 @@ def _launched(contract: Contract, setup: Setup, options: Options, watch: Stopwat
                 return written
             setup = written
         if options.buffer_map is not None:
-            outputs = {output.name: output.tensor for output in setup.outputs}
-            write_buffer_map(options.buffer_map, {**input_tensors(setup.args), **outputs}, setup.fenced)
+            setup = mapped(setup, options.buffer_map)
         with watch.phase("launch"):
             result = launch(
                 contract,

@@ -6,6 +6,7 @@ Invariant: without a plant, what is built satisfies the contract of the kernel (
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -15,10 +16,12 @@ from harness.case import Case
 from harness.dtypes import element_type
 from harness.errors import SetupBug
 from harness.kernel.arguments import LaunchArguments
+from harness.kernel.buffer_map import add_to_buffer_map, write_buffer_map
 from harness.kernel.check import check_arguments
 from harness.kernel.contract import Contract
 from harness.kernel.fences import NO_FENCES, Fences, fence_launch
 from harness.kernel.guarded import GuardedOutput, guarded_output, same_bits, strided_copy
+from harness.kernel.launch import input_tensors
 from harness.kernel.reaching import reaching_output
 from harness.kernel.workspace import Workspaces
 from harness.problem.boundary import output_geometry, workspace_geometry
@@ -115,6 +118,21 @@ def build_arguments(problem: Problem, contract: Contract, plant: Plant = NO_PLAN
 def _scalar(problem: Problem, scale: float, stored: str) -> torch.Tensor | None:
     """float32 [1] for a tensor that is `stored` in 8 bits; None where that is auto."""
     return None if stored == "auto" else torch.tensor([scale], dtype=torch.float32, device=problem.q.device)
+
+
+def mapped(setup: Setup, path: Path) -> Setup:
+    """`setup` with its buffers told in a file, workspaces as the kernel takes them."""
+    args, outputs = setup.args, {output.name: output.tensor for output in setup.outputs}
+    write_buffer_map(path, {**input_tensors(args), **outputs}, setup.fenced)
+    if not isinstance(workspaces := args.allocator, Workspaces):
+        return setup
+
+    def prepare(made: GuardedOutput) -> GuardedOutput:
+        made = workspaces.prepare(made)
+        add_to_buffer_map(path, made.name, made.tensor, fenced=setup.fences.enclose(made))
+        return made
+
+    return replace(setup, args=replace(args, allocator=replace(workspaces, prepare=prepare)))
 
 
 def with_room(cache: KVCache, contract: Contract, name: str) -> torch.Tensor:

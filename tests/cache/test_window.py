@@ -18,6 +18,7 @@ import torch
 
 from harness.cache.build import KVCache, build_cache
 from harness.cache.content import Content
+from harness.cache.poison import is_poison
 from harness.cache.quantise import bits_of
 from harness.cache.verify import verify_cache
 from harness.cache.window import dead_columns, dead_pages
@@ -62,15 +63,15 @@ def build(case: Case, content: Content = Content.ALL) -> tuple[Problem, KVCache]
 @pytest.mark.parametrize("layout", ["linear_nhd", "vllm_classic"])
 @pytest.mark.parametrize("placement", ["shuffled", "shared_prefix"])
 def test_dead_pages_are_poison_and_the_cache_proves_it(content: Content, layout: str, placement: str) -> None:
-    for number, tail in enumerate(("nan", "loud")):
+    for number, tail in enumerate(("nan", "loud", "nan")):
         case = replace(
             CASE,
             layout=layout,
             tail=tail,
             placement=Placement(placement, placement),
-            kv_dtype=("auto", "fp8_e4m3")[number],
-            descales_per=("tensor", "page")[number] if placement == "shuffled" else "tensor",
-            strides=("compact", "cache")[number],
+            kv_dtype=("auto", "fp8_e4m3", "int8")[number],
+            descales_per=("tensor", "page", "token")[number] if placement == "shuffled" else "tensor",
+            strides=("compact", "cache", "all")[number],
             rows=ROWS if placement == "shuffled" else Rows("r", (1, 1, 1), (90, 80, 33)),
         )
         problem, cache = build(case, content)
@@ -79,12 +80,14 @@ def test_dead_pages_are_poison_and_the_cache_proves_it(content: Content, layout:
         dead, alive = sorted(cache.dead_pages), sorted({p for own in cache.pages for p in own} - cache.dead_pages)
         live = build_cache(problem, content)
         for tensor, other in ((cache.k, live.k), (cache.v, live.v)):
-            assert bool(tensor[dead].float().isnan().all())
-            assert not bool(other[dead].float().isnan().all())
+            assert bool(is_poison(tensor[dead]).all())
+            assert not bool(is_poison(other[dead]).all())
             assert torch.equal(bits_of(tensor)[alive], bits_of(other)[alive])
-        if cache.kv_block_descale is not None:
-            assert bool(cache.kv_block_descale[dead].isnan().all())
-            assert not bool(cache.kv_block_descale[alive].isnan().any())
+        for name in ("kv_block_descale", "k_token_descale", "v_token_descale"):
+            descales, all_of_them = getattr(cache, name), getattr(live, name)
+            if descales is not None:
+                assert bool(descales[dead].isnan().all())
+                assert torch.equal(descales[alive].nan_to_num(), all_of_them[alive].nan_to_num())
         table = cache.block_table
         assert all(tuple(table[seq, : len(own)].tolist()) == own for seq, own in enumerate(cache.pages))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -37,6 +38,7 @@ FAULTS = {  # toy kernel: what is said of its fault
     "beyond_v_cache": "read right behind v_cache (fence behind it)",
     "beyond_v_scale": "read right behind v_scale (fence behind it)",
     "beyond_out": "wrote right behind out (fence behind it)",
+    "beyond_workspace": "wrote right behind workspace scratch (fence behind it)",
     "beyond_far_behind": "read 1,048,576 bytes behind block_table (fence behind it)",
     "beyond_before": "read 4,19[0-9],[0-9]{3} bytes before q [(]fence before it[)]",  # from its end
 }
@@ -94,8 +96,8 @@ def test_a_session_tells_which_fence_it_was_and_loses_no_other_case(
     said = {
         "cpu": "the process died of SIGSEGV at beyond.py:[0-9]+ in launch, "
         "(read|touched) right behind block_table [(]fence behind it[)]",
-        "cuda": "the device context died: .*; touched memory before or behind block_table [(]with its fence alone it "
-        "crashes, without any it does not[)]",
+        "cuda": "the device context died: .*; touched memory behind block_table [(]with its fence alone it crashes, "
+        "without any it does not[)]",
     }
     assert re.fullmatch(said[device], record.reason), record.reason
     assert "--fences" in record.reproduce
@@ -148,7 +150,11 @@ def searched(search: FenceSearch, record: Record) -> Record:
 @pytest.mark.parametrize(
     ("culprits", "said"),
     [
-        ({"lse"}, "touched memory before or behind lse (with its fence alone it crashes, without any it does not)"),
+        ({"lse"}, "touched memory behind lse (with its fence alone it crashes, without any it does not)"),
+        (
+            {"lse", "front"},
+            "touched memory before or far behind lse (with its fence alone it crashes, without any it does not)",
+        ),
         ({""}, "it crashes without any fence as well"),
         ({"none"}, "no single fence makes it crash, and without any it does not"),
         ({"hanging"}, "no single fence makes it crash, and without any it does not"),
@@ -158,8 +164,11 @@ def test_a_crash_without_an_address_is_searched_and_told(
     monkeypatch: pytest.MonkeyPatch, culprits: set[str], said: str
 ) -> None:
     def run(session: object, line: str, *, environment: object) -> Alone:
-        command, _, only = line.partition(" --fence-only=")
-        assert command == CRASH.reproduce
+        *command, option = shlex.split(line.removesuffix(" --fence-front"))
+        assert command == shlex.split(CRASH.reproduce)
+        only = option.removeprefix("--fence-only=")
+        if line.endswith("--fence-front") and "front" not in culprits:
+            return LEFT
         if "hanging" in culprits:
             return replace(LEFT, record=None, death=Death(1, "Timeout (0:00:05)!\n"))
         return replace(LEFT, record=None, death=Death(-11, "")) if culprits & set(only.split(",")) else LEFT

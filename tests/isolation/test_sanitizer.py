@@ -154,7 +154,7 @@ log = arguments[arguments.index("--log-file") + 1]
 command = arguments[arguments.index("application-only") + 1 :]
 status = subprocess.run(command).returncode
 kept = next(word.partition("=")[2] for word in command if word.startswith("--buffer-map="))
-buffers = {{b["name"]: b for b in json.load(open(kept))}}
+buffers = {{b["name"]: b for b in map(json.loads, open(kept))}}
 behind = buffers["v_cache"]["start"] + buffers["v_cache"]["size"] + 4
 open(log, "w").write({text!r}.replace("ADDRESS", hex(behind)))
 sys.exit(status)

@@ -95,3 +95,59 @@ def test_scales_beside_an_unscaled_cache_are_refused() -> None:
     check_arguments(CONTRACT, case, args)
     with pytest.raises(SetupBug, match="kv_dtype auto"):
         check_arguments(CONTRACT, case, replace(args, k_scale=torch.tensor([0.5])))
+
+
+LISTED = find_kernels()["unified_paged"]
+LISTED_CASE = replace(CASE, kernel="unified_paged", layout="vectorized", page_table="kv_indices", table_padding="exact")
+
+
+@pytest.fixture(scope="module")
+def listed() -> LaunchArguments:
+    return build_arguments(build_problem(LISTED_CASE, torch.device("cpu")), LISTED).args
+
+
+def as_page(tensor: torch.Tensor | None, entry: int, value: int) -> torch.Tensor:
+    assert tensor is not None
+    return with_entry(tensor, (entry,), value)
+
+
+# sequences of 25 and 34 tokens: 2 pages, then 3
+LIST_FAULTS: dict[str, tuple[str, Callable[[LaunchArguments], dict[str, object]], str]] = {
+    "starts int64": ("kv_indptr", lambda a: {"kv_indptr": a.kv_indptr.long()}, "int32"),
+    "pages int64": ("kv_page_indices", lambda a: {"kv_page_indices": a.kv_page_indices.long()}, "int32"),
+    "lengths int64": ("kv_last_page_len", lambda a: {"kv_last_page_len": a.kv_last_page_len.long()}, "int32"),
+    "starts short": ("kv_indptr", lambda a: {"kv_indptr": a.kv_indptr[:-1]}, "shape [3]"),
+    "lengths long": ("kv_last_page_len", lambda a: {"kv_last_page_len": a.kv_indptr}, "shape [2]"),
+    "starts descend": ("kv_indptr", lambda a: {"kv_indptr": as_page(a.kv_indptr, 1, 6)}, "2 at [1]"),
+    "starts in tokens": ("kv_indptr", lambda a: {"kv_indptr": a.kv_indptr * 16}, "2 at [1]"),
+    "last page full": ("kv_last_page_len", lambda a: {"kv_last_page_len": as_page(a.kv_last_page_len, 1, 16)}, "2 at"),
+    "last page empty": ("kv_last_page_len", lambda a: {"kv_last_page_len": a.kv_last_page_len * 0}, "9 at [0]"),
+    "pages short": ("kv_page_indices", lambda a: {"kv_page_indices": a.kv_page_indices[:4]}, "3 pages for sequence 1"),
+    "page outside": (
+        "kv_page_indices",
+        lambda a: {"kv_page_indices": as_page(a.kv_page_indices, 3, 99)},
+        "page ids in",
+    ),
+    "page negative": (
+        "kv_page_indices",
+        lambda a: {"kv_page_indices": as_page(a.kv_page_indices, 0, -1)},
+        "page ids in",
+    ),
+    "none": ("kv_page_indices", lambda a: {"kv_page_indices": None}, "a tensor, as page_table is kv_indices"),
+    "table beside it": (
+        "block_table",
+        lambda a: {"block_table": a.kv_indptr[None]},
+        "None, as page_table is kv_indices",
+    ),
+    "another x": ("v_cache", lambda a: {"v_cache": a.v_cache.flatten(2, 3)}, "shape [9, 2, 1, 32, 16]"),
+}
+
+
+@pytest.mark.parametrize("name", LIST_FAULTS)
+def test_a_violation_in_a_list_of_pages_is_named(name: str, listed: LaunchArguments) -> None:
+    tensor, fault, expected = LIST_FAULTS[name]
+    check_arguments(LISTED, LISTED_CASE, listed)
+    with pytest.raises(SetupBug) as caught:
+        check_arguments(LISTED, LISTED_CASE, replace(listed, **fault(listed)))  # type: ignore[arg-type]
+    assert caught.value.tensor == tensor
+    assert expected in caught.value.expected

@@ -18,7 +18,7 @@ from harness.case import Case, Rows
 from harness.errors import UsageError
 from harness.kernel.fences import NO_FENCES, Fences, fence_launch
 from harness.kernel.guarded import same_bits
-from harness.kernel.launch import input_tensors
+from harness.kernel.launch import handed_out, input_tensors
 from harness.kernel.over_read import OverRead
 from harness.kernel.registry import find_kernels
 from harness.problem.problem import build_problem
@@ -33,7 +33,18 @@ ROWS = Rows("mix", (3, 1, 2), (5, 20, 9))
 CASES = {
     "compact": Case("m", "unified_paged", ROWS, head_size=24, alibi=True, sinks=True, num_q_heads=5),
     "strided": Case("m", "unified_paged", ROWS, head_size=24, strides="all", table_padding="exact"),
-    "by page": Case("m", "unified_paged", ROWS, kv_dtype="fp8_e4m3", descales="loud", layout="vllm_classic"),
+    "by page": Case("m", "unified_paged", ROWS, kv_dtype="fp8_e4m3", descales_per="page", layout="vllm_classic"),
+    "by token": Case("m", "unified_paged", ROWS, kv_dtype="int8", descales_per="token", strides="all"),
+    "by head": Case(
+        "m",
+        "unified_paged",
+        ROWS,
+        kv_dtype="fp8_e5m2fnuz",
+        descales_per="head",
+        strides="cache",
+        q_dtype="fp8_e4m3",
+        out_dtype="fp8_e4m3fnuz",
+    ),
     "lists": Case("m", "unified_paged", ROWS, page_table="kv_indices", table_padding="exact", layout="hnd"),
     "new tokens": Case("m", "prefix_prefill", ROWS, head_size=20, head_size_v=12, dtype="fp32"),
 }
@@ -102,7 +113,8 @@ def test_what_alignment_leaves_is_poison_and_an_honest_output_is_quiet(name: str
         memory = memory_of(tensor)
         around = torch.ones(len(memory), dtype=torch.bool)
         around[tensor.data_ptr() - memory.data_ptr() : end_of(tensor) - memory.data_ptr()] = False
-        assert bool((memory[around] == 0xFF).all()), buffer
+        minus_zero = tensor.dtype in (torch.int8, torch.float8_e5m2fnuz)  # or the one integer that no payload is
+        assert bool((memory[around] == (0x80 if minus_zero else 0xFF)).all()), buffer
     for output in setup.outputs:
         assert output.unwritten().all()
         assert output.overrun() is None
@@ -121,11 +133,13 @@ def test_every_gap_of_every_input_is_poison(name: str, fences: Fences) -> None:
         live.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())[:] = True
         dead = memory[~live]
         gaps |= {buffer} if len(dead) else set()
-        if tensor.dtype == torch.int32:
+        if tensor.dtype == torch.int8:
+            assert bool((dead == -128).all()), buffer
+        elif tensor.dtype == torch.int32:
             assert bool(((dead < 0) | (dead > 1 << 20)).all()), buffer
         else:
             assert bool(dead.float().isnan().all()), buffer
-    assert gaps >= {"q", "k_cache", "v_cache", "block_table"} or CASES[name].strides == "compact"
+    assert gaps >= {"q", "k_cache", "v_cache", "block_table"} or CASES[name].strides != "all"
 
 
 @pytest.mark.parametrize("fences", [NO_FENCES, ALL], ids=["", "fences"])
@@ -153,6 +167,25 @@ def test_a_declared_over_read_is_provided_and_nothing_else(case_name: str) -> No
     assert ahead.unique().numel() == 1
     assert int(ahead[0]) not in table
     assert not is_mapped(end_of(table) + 3 * 4)
+
+
+def test_what_a_kernel_takes_from_its_workspace_is_fenced_and_watched() -> None:
+    split = Case("m", "unified_paged", ROWS, num_q_heads=4, gqa_ratio=2, head_size=24, num_splits=3)
+    verdict = run_case(split, KERNELS["unified_paged"], Options(device="cpu", fences=ALL))
+    assert (verdict.outcome, verdict.reason) == (Outcome.PASS, "")
+    setup = setup_of(split)
+    scratch = setup.args.workspace("scratch", (1, 3, 5), torch.float32)
+    assert scratch.isnan().all()
+    assert end_of(scratch) % ALIGNMENT == 12
+    assert is_mapped(end_of(scratch) + 3)
+    assert not is_mapped(end_of(scratch) + 4)
+    (made,) = handed_out(setup.args)
+    assert made.overrun() is None
+    made.allocation[-1] = 0
+    assert "behind or between the rows of workspace scratch were written" in (made.overrun() or "")
+    some = setup_of(split, Fences(True, frozenset({"workspace other"})))
+    assert is_mapped(end_of(some.args.workspace("scratch", (3, 5), torch.float32)) + 4)
+    assert not is_mapped(end_of(some.args.workspace("other", (3, 5), torch.float32)) + 4)
 
 
 def test_some_buffers_only() -> None:
@@ -185,6 +218,17 @@ def test_any_size_and_alignment(size: int) -> None:
         one = fenced({"x": data}, fill=(torch.uint8, 0xFF))
         assert torch.equal(one.views["x"], data)
         assert len(one.memory) - one.views["x"].storage_offset() - data.numel() < ALIGNMENT
+
+
+def test_at_the_front_what_is_left_lies_behind() -> None:
+    plain, setup = (
+        dict(tensors(setup_of(CASES["strided"], NO_FENCES))),
+        setup_of(CASES["strided"], Fences(True, None, True)),
+    )
+    for buffer, tensor in tensors(setup):
+        before = tensor.data_ptr() - memory_of(tensor).data_ptr()
+        assert (0 <= before < ALIGNMENT, same_bits(tensor, plain[buffer])) == (True, True)
+        assert not is_mapped(memory_of(tensor).data_ptr() - 1)
 
 
 @pytest.mark.parametrize("kernel", sorted(KERNELS))

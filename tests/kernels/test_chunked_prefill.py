@@ -38,6 +38,8 @@ def by_slot(cache: torch.Tensor, layout: str) -> torch.Tensor:
     """View of a cache as [pages, page_size, kv_heads, ...dims], to be written through."""
     if layout == "linear_nhd":
         return cache
+    if layout == "hnd":
+        return cache.transpose(1, 2)
     return cache.permute(0, 3, 1, 2, 4) if cache.dim() == 5 else cache.permute(0, 3, 1, 2)
 
 
@@ -117,6 +119,7 @@ HONEST = {
         MIXED, query_lens=(3, 1), context_lens=(40, 40), dtype="fp32", head_size=256, head_size_v=256, gqa_ratio=1
     ),
     "strided": replace(MIXED, strided=True),
+    "strided, heads first": replace(MIXED, strided=True, layout="hnd", page_size=24),
     "strided, classic": replace(MIXED, strided=True, layout="vllm_classic"),
     **{f"gqa {n}": replace(MIXED, gqa_ratio=n, query_lens=(3, 1), context_lens=(17, 20))
        for n in (1, 5, 6, 7, 8, 17)},

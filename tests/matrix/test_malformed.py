@@ -47,6 +47,20 @@ MISTAKES = [
         id="missing_key",
     ),
     pytest.param(
+        "fixed: {num_q_heads: 8}",
+        "fixed: {num_q_heads: 8, layout: linear_3d}",
+        [
+            "4:33: linear_3d: a page is one token, not 16 (in every combination of tier 'smoke')",
+        ],
+        id="layout_page_size",
+    ),
+    pytest.param(
+        "fixed: {num_q_heads: 8}",
+        "fixed: {num_q_heads: 8, layout: vectorized, head_size: 20}",
+        ["4:33: vectorized: head_size 20 is no multiple of 8, a vector of fp16 (in every combination of tier 'smoke')"],
+        id="layout_head_size",
+    ),
+    pytest.param(
         "  page_size:",
         "  page_sise:",
         ["7:3: unknown axis 'page_sise'. Did you mean 'page_size'?"],

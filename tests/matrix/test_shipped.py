@@ -35,7 +35,9 @@ def cases(tier: str) -> list[Case]:
     return [case for expansion in expansions(tier) for case in expansion.cases]
 
 
-@pytest.mark.parametrize(("tier", "fewest", "most"), [("smoke", 150, 600), ("ci", 400, 2000), ("nightly", 1500, 10000)])
+@pytest.mark.parametrize(
+    ("tier", "fewest", "most"), [("smoke", 150, 600), ("ci", 400, 2000), ("nightly", 1500, 10_000)]
+)
 def test_sizes_of_tiers(tier: str, fewest: int, most: int) -> None:
     assert fewest <= len(cases(tier)) <= most
 
@@ -64,7 +66,7 @@ def test_smoke_is_small_enough_for_an_interpreter() -> None:
 
     costs = sorted(tiles(case) for case in cases("smoke"))
     assert costs[len(costs) // 2] <= 64
-    assert sum(costs) <= 12_000
+    assert sum(costs) <= 18_000
 
 
 LOUD_LAWS = ("needle_edges", "rising", "falling", "large", "biased", "bar_codes")

@@ -12,6 +12,7 @@ from harness.kernel.numerics import NumericsProfile
 from harness.oracle.gain_findings import Z_LIMIT
 from harness.oracle.gains import K_STALE, V_STALE
 from harness.oracle.matched_filter import PageFilter, find_gains
+from harness.oracle.row_noise import patterns_alike
 from harness.oracle.stale import DROPPED, NEIGHBOUR, Stale, by_key, scaled
 from harness.oracle.transitions import find_stale, of_heads, stale_sizes
 from references.attention import AttentionInputs
@@ -152,3 +153,24 @@ def test_heads_at_a_time_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     apart = find_stale(inputs, out, filters)
     assert apart.num_statistics == together.num_statistics
     assert apart.z == pytest.approx(together.z, rel=1e-3)
+
+
+@pytest.mark.parametrize("spread", [0.004, 0.02, 0.04, 0.08])
+@pytest.mark.parametrize("causal", [False, True])
+def test_rows_whose_p_rounds_alike_are_counted(spread: float, causal: bool) -> None:
+    """Two rows whose logits differ by a constant and a little noise: the correlation of what rounding to e4m3 does."""
+    g = torch.Generator().manual_seed(0)
+    n = 256
+    one = 0.3 * torch.randn(n, generator=g)
+    other = one + 0.7 + spread * torch.randn(n, generator=g)
+    inputs = AttentionInputs(
+        q=torch.stack((one, other))[:, None], k=torch.eye(n)[:, None], v=torch.randn(n, 1, 64, generator=g),
+        query_lens=(2,), seq_lens=(n,), softmax_scale=1.0, causal=causal,
+    )  # fmt: skip
+    rows = attention_rows(inputs, [0], [range(2)])
+    counted = float(patterns_alike(rows, FP8_P, "fp32")[0, 0, 0]) - 1
+    x = torch.randn(100_000, generator=g, dtype=torch.float64)
+    y = x + spread * torch.randn(100_000, generator=g, dtype=torch.float64)
+    errors = [p.exp().float().to(torch.float8_e4m3fn).double() / p.exp() - 1 for p in (x, y)]
+    correlation = float(torch.corrcoef(torch.stack(errors))[0, 1])
+    assert correlation - 0.05 < counted < correlation + 0.4  # by the widest steps

@@ -134,6 +134,10 @@ def test_the_last_row_of_the_output_and_of_the_table_lies_where_it_should(bounda
             {"boundary": "bytes31", "head_size": 1 << 24, "boundary_target": "kv", "boundary_position": "above"},
             "too large",
         ),
+        (
+            {"boundary": "bytes31", "boundary_target": "table", "page_table": "kv_indices"},
+            "only a block_table has rows",
+        ),
         ({"boundary": "carry", "boundary_target": "table"}, "a carry lies in the last row of output or workspace"),
         ({"boundary": "bytes31", "boundary_target": "out", "rows": Rows("r", (1,), (3,))}, "it needs two rows"),
         (

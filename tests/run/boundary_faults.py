@@ -76,6 +76,18 @@ READS = {
         probe("chunked_prefill_paged_decode", "elements31", boundary_target="k", boundary_position="straddling"),
         ("K of page 13 at element 2,147,483,648 was read at element -2,147,483,648",),
     ),
+    "int32 page offset, of V in vectors, its pages listed": Fault(
+        PAGE,
+        "(page * stride_page.to(tl.int32)).to(tl.int64)",
+        probe("unified_paged", "elements31", boundary_target="v", layout="vectorized", page_table="kv_indices"),
+        ("V of page 14", "2^32 x -1", "a signed 32-bit offset in elements wraps"),
+    ),
+    "int32 offset across the boundary, heads first": Fault(
+        OFFSET,
+        f"return {WHOLE}.to(tl.int32).to(tl.int64)",
+        probe("paged_decode", "elements31", boundary_target="k", boundary_position="straddling", layout="hnd"),
+        ("K of page 13 at element 2,147,483,648 was read at element -2,147,483,648",),
+    ),
     "unsigned wrap": Fault(
         PAGE,
         "(page.to(tl.uint32) * stride_page.to(tl.uint32)).to(tl.int64)",

@@ -35,6 +35,12 @@ def backwards_for_gaps(args: LaunchArguments) -> None:
     _attend(args, backwards=not args.k_cache.is_contiguous())
 
 
+def refuses_hnd(args: LaunchArguments) -> None:
+    if args.layout == "hnd":
+        raise ValueError("heads first")
+    _attend(args, backwards=False)
+
+
 def _attend(args: LaunchArguments, *, backwards: bool) -> None:
     """Causal attention in float32 over a cache of pages of 16 tokens that holds every token."""
     starts, group = args.query_start_loc.tolist(), args.q.shape[1] // 2

@@ -66,6 +66,12 @@ def test_another_order_of_sums_is_seen_and_its_axis_named(function: str, axis: s
     assert run(case, contract(function), *others).outcome is Outcome.PASS
 
 
+def test_a_twin_that_the_kernel_raises_for_is_named() -> None:
+    verdict = run(CASE, contract("refuses_hnd"), "layout")
+    assert verdict.outcome is Outcome.FAIL
+    assert verdict.reason == "the twin with layout hnd: the kernel raised ValueError: heads first"
+
+
 def test_what_the_contract_says_to_change_the_arithmetic_is_not_compared() -> None:
     known = replace(contract("backwards_for_hnd"), arithmetic_by=frozenset({"layout"}))
     verdict = run(CASE, known, "layout", "strides")

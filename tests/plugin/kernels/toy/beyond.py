@@ -22,7 +22,8 @@ def _touching(name: str, offset: int = 0, *, store: bool = False) -> Callable[[L
     """A kernel that reads (or stores) the 4 bytes `offset` bytes behind the last element of a buffer."""
 
     def launch(args: LaunchArguments) -> None:
-        tensor: torch.Tensor = getattr(args, name)
+        scratch = name == "workspace"
+        tensor: torch.Tensor = args.workspace("scratch", (2, 4), torch.float32) if scratch else getattr(args, name)
         if tensor.is_cuda:
             from .on_device import touch
 
@@ -44,5 +45,6 @@ k_cache = _touching("k_cache")
 v_cache = _touching("v_cache")
 v_scale = _touching("v_scale")
 out = _touching("out", store=True)
+workspace = _touching("workspace", store=True)
 far_behind = _touching("block_table", 1 << 20)
 before = _touching("q", -FAR)

@@ -57,6 +57,7 @@ KERNELS = (
             "v_cache",
             "v_scale",
             "out",
+            "workspace",
             "far_behind",
             "before",
         )
