@@ -86,6 +86,8 @@ class Case:
     placement: Placement = Placement()
     num_pages: int | None = None  # size of the pool; None: as many as the placement needs, and a few more
     pool: str = "auto"  # auto | dense | aliased (harness.cache.page_pool)
+    writer: str | None = None  # name of the kernel that stores the new tokens; None: the cache is built with them
+    steps: int = 1  # of a simulated engine over one cache; from 2 on `rows` are the requests (harness.problem.schedule)
     boundary: str | None = None  # where the pages of a boundary probe lie (harness.problem.boundary); None: no probe
     boundary_target: str = "kv"  # kv | k | v: whose addresses reach the boundary
     boundary_position: str = "straddling"  # straddling | below | above | far

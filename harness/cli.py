@@ -20,7 +20,7 @@ from pathlib import Path
 
 from harness.errors import AttnregError, UsageError
 from harness.kernel.numerics import UNKNOWN, cost
-from harness.kernel.registry import find_kernels
+from harness.kernel.registry import find_kernels, find_writers, writers_of
 from harness.matrix.matrix import TIERS
 from harness.session import PROJECT
 
@@ -91,7 +91,7 @@ def _check(paths: Sequence[Path], folders: Sequence[Path]) -> int:
     kernels, mistakes = find_kernels(folders), 0
     for path in matrix_files(paths):
         try:
-            matrix = load(path, kernel_names=kernels)
+            matrix = load(path, kernel_names=kernels, writer_names=writers_of(kernels))
             cases = {
                 tier: matrix.expand(tier, supported=lambda case: kernels[case.kernel].unsupported(case)).cases
                 for tier in TIERS
@@ -171,6 +171,11 @@ def _kernels(folders: Sequence[Path]) -> int:
             for dtype in sorted(contract.dtypes):
                 hidden = cost(numerics, dtype) or "nothing is hidden by roundings of P"
                 sys.stdout.write(f"{'':<30} numerics{known}, {dtype}: {hidden}\n")
+    for writer in find_writers(folders).values():
+        sys.stdout.write(f"{writer.name:<30} {'writer':<9} {writer.about}\n")
+        sys.stdout.write(f"{'':<30} features: {', '.join(sorted(writer.features))}\n")
+        stored, layouts = ", ".join(sorted(writer.kv_dtypes)), ", ".join(sorted(writer.layouts))
+        sys.stdout.write(f"{'':<30} stores: {stored} in {layouts}\n")
     return 0
 
 

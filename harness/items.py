@@ -126,7 +126,7 @@ class MatrixItem(pytest.Item):
                 from harness.isolation.sanitizer import sanitized
 
                 plain = facts.make_record(self.case, self.line, self.path, Verdict(Outcome.PASS, "")).reproduce
-                verdict = sanitized(facts, plain, contract.launches, tool)
+                verdict = sanitized(facts, plain, contract.launches_of(self.case), tool)
             else:
                 verdict = run_case(self.case, contract, facts.options_for(self.matrix))
         except Exception as error:  # noqa: BLE001  the harness is at fault: recorded as ERROR, with its trace

@@ -21,7 +21,7 @@ from harness.case import Case
 from harness.dispatch.stated import check_statements
 from harness.errors import UsageError
 from harness.kernel.contract import Contract
-from harness.kernel.registry import find_kernels
+from harness.kernel.registry import find_kernels, writers_of
 from harness.matrix.axes import case_id
 from harness.matrix.expand import Expansion
 from harness.matrix.loading import load
@@ -105,7 +105,7 @@ class Session:
     def expand(self, path: Path) -> tuple[Matrix, Expansion]:
         """The matrix at `path` and its cases of this session's tier. Raises MatrixError."""
         if path not in self.expanded:
-            matrix = load(path, kernel_names=self.kernels)
+            matrix = load(path, kernel_names=self.kernels, writer_names=writers_of(self.kernels))
             expansion = matrix.expand(self.tier, supported=self.unsupported)
             self._check_conditions(matrix, expansion)
             self.coverage[matrix.name] = expansion.describe(), len(expansion.cases)

@@ -225,13 +225,15 @@ def _descales(tensor: torch.Tensor, case: Case, cache: KVCache, lengths: _Length
 
 
 def _of_heads(name: str, tensor: torch.Tensor, case: Case, lengths: _Lengths) -> Scope | None:
-    """Descales of K or V by KV head: whoever sees a cached token needs that of its head. None where one is for all."""
+    """Descales of K or V by KV head: whoever sees a cached token needs that of its head, and a sequence without one may
+    read it. None where one is for all.
+    """
     grid = Grid.of(tensor, (1,), (0,))
     if case.descales_per != "head" or grid is None:
         return None
-    base = tuple(np.zeros(n, dtype=np.int64) for n in lengths.cached)
-    every = tuple((0, n) for n in lengths.cached)
-    return Scope(name, grid, every, every, 1, case.num_kv_heads, base, paged=False)
+    base = tuple(np.zeros(max(n, 1), dtype=np.int64) for n in lengths.cached)
+    may, must = tuple((0, max(n, 1)) for n in lengths.cached), tuple((0, n) for n in lengths.cached)
+    return Scope(name, grid, may, must, 1, case.num_kv_heads, base, paged=False)
 
 
 def _new_tokens(name: str, tensor: torch.Tensor, case: Case, lengths: _Lengths) -> Scope | None:

@@ -99,7 +99,10 @@ def build_cache(
     dead = dead_pages(dead_columns(case, content, window_pages), placed.pages)
     live = live_tokens(problem, placed.pages, cached_lens, dead)
     alive = [page for pages in placed.pages for page in pages if page not in dead]
-    made = {name: _fill(problem, name, payloads[name], placed, alive, live, poison) for name in payloads}
+    reached = live  # what a probe has memory for: of a writer all tokens, as it stores the others
+    if content is Content.WRITTEN:
+        reached = live_tokens(problem, placed.pages, demanded_lens(problem, Content.ALL), dead)
+    made = {name: _fill(problem, name, payloads[name], placed, alive, live, reached, poison) for name in payloads}
     pools = {name: pool for name, (_, pool, _) in made.items() if pool is not None}
     table = _page_table(problem, placed)
     if (reach := table_geometry(case)) and table.block_table is not None:
@@ -172,11 +175,19 @@ def live_tokens(
 
 
 def _fill(
-    problem: Problem, which: str, payload: torch.Tensor, placed: Placed, alive: list[int], live: Live, poison: float
+    problem: Problem,
+    which: str,
+    payload: torch.Tensor,
+    placed: Placed,
+    alive: list[int],
+    live: Live,
+    reached: Live,
+    poison: float,
 ) -> tuple[torch.Tensor, Pool | None, tuple[Decoy, ...]]:
     """K or V with the `live` tokens of `payload` [num_keys, heads, dim]; its pool, unless dense; a probe's decoys.
 
-    alive: pages that sequences have and may look into, behind their last token as well.
+    alive: pages that sequences have and may look into, behind their last token as well. reached: tokens whose places,
+    right and wrong, a probe has memory for.
     """
     case, device = problem.case, payload.device
     stored, page_size = element_type(case.stored_dtype), case.page_size
@@ -188,13 +199,13 @@ def _fill(
         used = {page for pages in placed.pages for page in pages}
         cache, pool = allocate_pages(case, which, shape, stored, fill, used, device)
     else:
-        cache, pool = reserve(problem, which, shape, stored, at, live, fill & 0xFF)
+        cache, pool = reserve(problem, which, shape, stored, at, reached, fill & 0xFF)
     slots = by_slot(bits_of(cache), case.layout, which)
     slots.view[torch.tensor(alive, dtype=torch.int64, device=device)] = tail_bits(stored, case.tail, poison)
     slots.store(live.page, live.slot, bits_of(payload)[live.key])
     if at is None or pool is None:
         return cache, pool, ()
-    return cache, pool, plant_decoys(problem, which, cache, payload, live, at.low_bits[which])
+    return cache, pool, plant_decoys(problem, which, cache, payload, reached, at.low_bits[which])
 
 
 def _page_table(problem: Problem, placed: Placed) -> PageTable:

@@ -39,11 +39,8 @@ def describe_slot(
     ):
         return f"position {pos} holds its value without the descale"
     for payload, name in ((own, ""), (other, f"{other_name} of ")):
-        token = _find(payload, bits)
-        if token is not None:
-            holder = max(i for i, start in enumerate(problem.key_start[:-1]) if start <= token)
-            at = token - problem.key_start[holder]
-            return f"position {pos} holds {name}the token of sequence {holder}, position {at}"
+        if (at := find_token(problem, payload, bits)) is not None:
+            return f"position {pos} holds {name}the token of sequence {at[0]}, position {at[1]}"
     if pos >= demanded:
         return f"position {pos}, which nothing may be read from, holds {describe_value(found.flatten()[0])}"
     wrong = bits != bits_of(own)[key]
@@ -52,9 +49,13 @@ def describe_slot(
     return f"position {pos}, head {head}, dim {dim} holds {got} instead of {want:g}"
 
 
-def _find(payload: torch.Tensor, bits: torch.Tensor) -> int | None:
-    """The first packed key whose payload [num_keys, heads, dim] has these `bits` [heads, dim]."""
+def find_token(problem: Problem, payload: torch.Tensor, bits: torch.Tensor) -> tuple[int, int] | None:
+    """Sequence and position of the first token whose payload [num_keys, heads, dim] has these `bits` [heads, dim]."""
     if payload.shape[1:] != bits.shape:
         return None
     same = (bits_of(payload) == bits).flatten(1).all(dim=1).nonzero()
-    return int(same[0]) if len(same) else None
+    if not len(same):
+        return None
+    key = int(same[0])
+    seq = max(i for i, start in enumerate(problem.key_start[:-1]) if start <= key)
+    return seq, key - problem.key_start[seq]

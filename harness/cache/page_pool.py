@@ -1,7 +1,8 @@
 """Caches of as many pages as a case asks for: dense, or aliased where all pages that no sequence has share one block.
 
 Invariant: either way the cache has the same shape, strides and content; only memory and time differ. `auto` is dense
-unless the pool is LARGE and mostly unused. A large dense pool is asked for before it is made: MemoryError otherwise.
+unless the pool is LARGE and mostly unused (what a writer stores to is compared whole, and dense). A large dense pool is
+asked for before it is made: MemoryError otherwise.
 """
 
 from __future__ import annotations
@@ -48,5 +49,5 @@ def allocate_pages(
 
 def _aliased(case: Case, size: int, used: int, num_pages: int) -> bool:
     if case.pool == "auto":
-        return size > LARGE and used * _MOSTLY < num_pages
+        return case.writer is None and size > LARGE and used * _MOSTLY < num_pages
     return case.pool == "aliased"

@@ -186,6 +186,8 @@ def _why(content: Content, query_len: int) -> str:
         return "the cache is the only source of keys and values"
     if content is Content.BY_PHASE and is_decode(query_len):
         return "a decode kernel has no other source for the current token"
+    if content is Content.WRITTEN:
+        return "the writer is yet to store the new tokens"
     return "new tokens arrive as k and v arguments"
 
 

@@ -14,10 +14,11 @@ from typing import Any
 from harness.cache.content import Content
 from harness.case import Case
 from harness.dispatch.predicate import Predicate
+from harness.kernel.clauses import first_clause, wrong_words
 from harness.kernel.numerics import NumericsProfile
 from harness.kernel.over_read import BEHIND_THE_END, OverRead
-from harness.matrix.axes import AXES, TWIN_AXES, Choice
-from harness.matrix.rows import NAME
+from harness.kernel.writer import WriterContract
+from harness.matrix.axes import TWIN_AXES
 
 FEATURES: dict[str, str] = {
     "sliding_window": "a sliding window",
@@ -34,22 +35,6 @@ FEATURES: dict[str, str] = {
     "strided_inputs": "non-contiguous q, k, v and out",
     "strided_workspace": "scratch memory from `args.workspace`, by the strides it has",
     "queries_before_keys": "rows that see no key (negative context_len)",
-}
-
-
-_WORDS: dict[str, frozenset[str]] = {  # what the sets of a contract hold: the words of the axis
-    name: frozenset(axis_type.words)
-    for name, axis in (
-        ("dtypes", "dtype"),
-        ("kv_dtypes", "kv_dtype"),
-        ("descales_per", "descales_per"),
-        ("descales", "descales"),
-        ("q_dtypes", "q_dtype"),
-        ("out_dtypes", "out_dtype"),
-        ("layouts", "layout"),
-        ("page_tables", "page_table"),
-    )
-    if isinstance(axis_type := AXES[axis].type, Choice)
 }
 
 
@@ -89,6 +74,7 @@ class Contract:
     numerics: NumericsProfile = field(default_factory=NumericsProfile)
     numerics_by_kernel: tuple[tuple[str, NumericsProfile], ...] = ()  # of device kernels that round otherwise
     folder: Path | None = None  # set by the registry
+    writers: tuple[WriterContract, ...] = ()  # set by the registry: those that a case may name to fill the cache
 
     def __post_init__(self) -> None:
         """ValueError for a word that no matrix has: cases would be UNSUPPORTED for no reason of the kernel's."""
@@ -96,28 +82,27 @@ class Contract:
             raise ValueError(f"contract of {self.name}: {wrong}")
 
     def _mistakes(self) -> Iterator[str]:
-        if not NAME.fullmatch(self.name):
-            yield "a name holds letters, digits, _ and . only: ids spell it"
-        if self.entry and ":" not in self.entry:  # none: a kernel that is never loaded
-            yield f"entry is 'file:function', not '{self.entry}'"
         content: Any = self.content
-        if not isinstance(content, Content):
-            yield f"content is {', '.join(map(str, Content))}, not {content!r}"
-        sets = (("features", frozenset(FEATURES)), ("arithmetic_by", frozenset(TWIN_AXES)), *_WORDS.items())
-        for field_name, known in sets:
-            given: Any = getattr(self, field_name)
-            if unknown := {given} if isinstance(given, str) else set(given) - known:
-                shown = ", ".join(sorted(map(str, unknown)))
-                yield f"unknown {field_name}: {shown}; it is a set of {', '.join(sorted(known))}"
-        launches: Any = self.launches
-        if isinstance(launches, str):
-            yield f"launches is a tuple, ('{launches}',) for one kernel"
+        if not isinstance(content, Content) or content is Content.WRITTEN:
+            known = (one for one in Content if one is not Content.WRITTEN)
+            yield f"content is {', '.join(map(str, known))}, not {content!r}"
+        yield from wrong_words(self, {"features": frozenset(FEATURES), "arithmetic_by": frozenset(TWIN_AXES)})
         if self.dispatch is not None and (foreign := sorted(self.dispatch.every_kernel - set(self.launches))):
             yield f"dispatch leads to {foreign[0]}, which launches does not name"
         if strangers := sorted({name for name, _ in self.numerics_by_kernel} - set(self.launches)):
             yield f"numerics_by_kernel has {strangers[0]}, which launches does not name"
         if self.window_pages not in ("live", "dead"):
             yield f"window_pages is live or dead, not {self.window_pages!r}"
+
+    def writer_of(self, case: Case) -> WriterContract | None:
+        """The writer that fills the cache of `case`; None where it is built full, or no such writer is known."""
+        return next((writer for writer in self.writers if writer.name == case.writer), None)
+
+    def launches_of(self, case: Case) -> tuple[str, ...]:
+        """The device kernels that `case` may launch, those of its writer included; () where some are not known."""
+        writer = self.writer_of(case)
+        by_kernel = (self.launches,) if writer is None else (self.launches, writer.launches)
+        return tuple(name for names in by_kernel for name in names) if all(by_kernel) else ()
 
     def of_output(self, out_dtype: str, output_scale: float) -> Contract:
         """This contract where the output is stored in `out_dtype` (auto: as the numerics declare) at `output_scale`."""
@@ -147,20 +132,8 @@ class Contract:
 
     def unsupported(self, case: Case) -> str | None:
         """The clause of this contract that `case` is outside of, or None where the case is admitted."""
-        for axis, value, admitted in (
-            ("dtype", case.dtype, self.dtypes),
-            ("kv_dtype", case.kv_dtype, self.kv_dtypes),
-            ("descales_per", case.descales_per, self.descales_per),
-            ("descales", case.descales, self.descales),
-            ("q_dtype", case.q_dtype, self.q_dtypes),
-            ("out_dtype", case.out_dtype, self.out_dtypes),
-            ("layout", case.layout, self.layouts),
-            ("page_table", case.page_table, self.page_tables),
-            ("page_size", case.page_size, self.page_sizes),
-            ("head_size", case.head_size, self.head_sizes),
-        ):
-            if admitted is not None and value not in admitted:
-                return f"{axis} {value} (admitted: {', '.join(str(a) for a in sorted(admitted, key=str))})"
+        if clause := first_clause(self, case) or self._refused_writer(case):
+            return clause
         if self.q_as_kv and case.q_dtype != case.kv_dtype:
             return f"q_dtype {case.q_dtype} with kv_dtype {case.kv_dtype} (q is stored as the cache is)"
         if self.max_gqa_ratio is not None and case.gqa_ratio > self.max_gqa_ratio:
@@ -170,6 +143,18 @@ class Contract:
         for feature in sorted(required_features(case) - self.features):
             return f"{feature} ({FEATURES[feature]})"
         return None if self.refuses is None else self.refuses(case)
+
+    def _refused_writer(self, case: Case) -> str | None:
+        if case.writer is None:
+            return None
+        if self.content is not Content.ALL:
+            return f"writer {case.writer} (content class {self.content.value} does not find all tokens in the cache)"
+        writer = self.writer_of(case)
+        if writer is None:
+            known = ", ".join(one.name for one in self.writers) or "none"
+            return f"writer {case.writer} (known: {known})"
+        clause = writer.unsupported(case)
+        return clause and f"writer {writer.name}: {clause}"
 
 
 def required_features(case: Case) -> frozenset[str]:

@@ -21,6 +21,7 @@ from harness.kernel.guarded import GuardedOutput
 from harness.kernel.launch import input_tensors
 from harness.kernel.reaching import ReachingOutput
 from harness.kernel.workspace import Workspaces
+from harness.kernel.writer import WriterArguments
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,7 @@ def fence_launch(
     fixed: buffers that stay where they are. room: elements behind the end of a buffer that may be read.
     Raises MemoryError, and UsageError where there is no virtual memory.
     """
-    moved: dict[str, Any] = {}
-    for shared in _by_storage(input_tensors(args)):
-        if fences.around(shared) and shared.keys().isdisjoint(fixed):
-            behind = max(room.get(name, 0) * tensor.element_size() for name, tensor in shared.items())
-            fill = (torch.int8, _poison_byte(shared.values()))
-            moved |= fenced(shared, fill=fill, room=behind, front=fences.front).views
+    moved = _moved(fences, input_tensors(args), fixed, room)
     outputs = tuple(fence_output(fences, output) for output in outputs)
     moved |= {output.name: output.tensor for output in outputs if fences.enclose(output)}
     names = frozenset(moved)
@@ -81,6 +77,32 @@ def fence_output(fences: Fences, output: GuardedOutput) -> GuardedOutput:
     red_zone = (output.allocation.dtype, output.poison)
     found = fenced({output.name: output.tensor}, fill=red_zone, front=fences.front)
     return replace(output, tensor=found.views[output.name], allocation=found.memory.view(red_zone[0]))
+
+
+def fence_writer(
+    fences: Fences, args: WriterArguments, *, fixed: Collection[str], room: Mapping[str, int]
+) -> tuple[WriterArguments, frozenset[str]]:
+    """What a writer is handed, in fenced memory, the caches that it stores to included; and the buffers that lie there.
+
+    fixed: buffers that stay where they are. room: elements behind the end of a buffer that attention may read later.
+    Raises as fence_launch.
+    """
+    given = {**input_tensors(args), "k_cache": args.k_cache, "v_cache": args.v_cache}
+    moved = _moved(fences, given, fixed, room)
+    return replace(args, **moved), frozenset(moved)
+
+
+def _moved(
+    fences: Fences, given: Mapping[str, torch.Tensor], fixed: Collection[str], room: Mapping[str, int]
+) -> dict[str, Any]:
+    """Those of `given` that are fenced, where they lie then."""
+    moved: dict[str, Any] = {}
+    for shared in _by_storage(given):
+        if fences.around(shared) and shared.keys().isdisjoint(fixed):
+            behind = max(room.get(name, 0) * tensor.element_size() for name, tensor in shared.items())
+            fill = (torch.int8, _poison_byte(shared.values()))
+            moved |= fenced(shared, fill=fill, room=behind, front=fences.front).views
+    return moved
 
 
 def _by_storage(tensors: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:

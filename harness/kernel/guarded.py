@@ -38,6 +38,11 @@ class GuardedOutput:
         """The elements of the output in an image of its allocation."""
         return allocation.as_strided(self.tensor.shape, self.tensor.stride(), self.tensor.storage_offset())
 
+    @property
+    def surroundings(self) -> torch.Tensor | None:
+        """What a wrong address may reach beside the output, where that is more than its tensor."""
+        return None
+
     def overrun(self) -> str | None:
         """Where an element outside the output was written, or None."""
         outside = self.allocation.clone()

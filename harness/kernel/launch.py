@@ -21,18 +21,18 @@ from harness.case import Case
 from harness.errors import AttnregError
 from harness.interpreter.errors import MemoryFault
 from harness.kernel.arguments import LaunchArguments
-from harness.kernel.contract import Contract
 from harness.kernel.failures import is_refused_launch, kernel_error, memory_shortage
 from harness.kernel.guarded import GuardedOutput, checksum, fingerprint
-from harness.kernel.reaching import ReachingOutput
-from harness.kernel.registry import Launcher
+from harness.kernel.registry import AnyContract, Launcher, WriterLauncher
 from harness.kernel.torch_state import kept_torch_state
 from harness.kernel.workspace import Workspaces
+from harness.kernel.writer import WriterArguments, WriterContract
 
 if TYPE_CHECKING:
     from harness.interpreter.trace import Trace  # needs numpy, which comes with triton
 
-_OUTPUTS = ("out", "lse")
+_OUTPUTS = ("out", "lse")  # of attention; of a writer the caches
+_STORED = ("k_cache", "v_cache")
 _TRACED = (
     "k_cache", "v_cache", "k", "v", "kv_block_descale", "k_token_descale", "v_token_descale", "block_table",
     "kv_page_indices",
@@ -48,10 +48,10 @@ class LaunchResult:
 
 
 def launch(
-    contract: Contract,
+    contract: AnyContract,
     case: Case,
-    launcher: Launcher,
-    args: LaunchArguments,
+    launcher: Launcher | WriterLauncher,
+    args: LaunchArguments | WriterArguments,
     outputs: tuple[GuardedOutput, ...],
     *,
     program_order_seed: int = 0,
@@ -72,11 +72,12 @@ def launch(
     before = {name: _fingerprint(tensor, pools.get(name)) for name, tensor in inputs.items()}
     violations: list[str] = []
     trace = None
-    with kept_torch_state(args.q.device) as changed:
+    device = args.k_cache.device
+    with kept_torch_state(device) as changed:
         if "triton" not in sys.modules:  # loading the kernel imports it where it is used at all
             _call(launcher, args)
             ran: tuple[str, ...] = ()
-        elif args.q.device.type == "cpu":
+        elif device.type == "cpu":
             reaching = pools if case.boundary is not None else {}
             around = {f"surroundings of {name}": pool.bytes for name, pool in reaching.items()}
             trace = _new_trace(case) if trace_accesses else None
@@ -88,8 +89,8 @@ def launch(
             with observed_triton_launches() as names:
                 _call(launcher, args)
             ran = tuple(dict.fromkeys(names))
-        if args.q.device.type == "cuda":
-            torch.cuda.synchronize(args.q.device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
     violations += [f"the kernel changed torch's {what} and left it so" for what in changed]
     violations += _which_ran(contract, case, ran)
     violations += [
@@ -102,14 +103,17 @@ def launch(
     return LaunchResult((contract.name,) if unobservable else ran, tuple(violations), trace)
 
 
-def input_tensors(args: LaunchArguments) -> dict[str, torch.Tensor]:
+def input_tensors(args: LaunchArguments | WriterArguments) -> dict[str, torch.Tensor]:
     """The tensors a kernel may read and must not write, by argument name."""
-    names = [field.name for field in fields(args) if field.name not in _OUTPUTS]
+    outputs = _STORED if isinstance(args, WriterArguments) else _OUTPUTS
+    names = [field.name for field in fields(args) if field.name not in outputs]
     return {name: given for name in names if isinstance(given := getattr(args, name), torch.Tensor)}
 
 
-def handed_out(args: LaunchArguments) -> tuple[GuardedOutput, ...]:
-    """The workspaces that the kernel took from `args` so far."""
+def handed_out(args: LaunchArguments | WriterArguments) -> tuple[GuardedOutput, ...]:
+    """The workspaces that the kernel took from `args` so far; a writer gets none."""
+    if isinstance(args, WriterArguments):
+        return ()
     return tuple(args.allocator.handed.values()) if isinstance(args.allocator, Workspaces) else ()
 
 
@@ -118,9 +122,9 @@ def _fingerprint(tensor: torch.Tensor, pool: Pool | None) -> tuple[int, ...]:
     return (fingerprint(tensor),) if pool is None else tuple(checksum(part) for part in pool.parts())
 
 
-def _call(launcher: Launcher, args: LaunchArguments) -> None:
+def _call(launcher: Launcher | WriterLauncher, args: LaunchArguments | WriterArguments) -> None:
     try:
-        launcher(args)
+        launcher(args)  # type: ignore[arg-type]  # a launcher is called with arguments of its own kind
     except (AttnregError, KeyboardInterrupt):
         raise
     except BaseException as error:  # a kernel may raise anything, also what ends or skips a test: it is a failure
@@ -130,8 +134,8 @@ def _call(launcher: Launcher, args: LaunchArguments) -> None:
 
 
 def _interpreted(
-    launcher: Launcher,
-    args: LaunchArguments,
+    launcher: Launcher | WriterLauncher,
+    args: LaunchArguments | WriterArguments,
     inputs: Mapping[str, torch.Tensor],
     outputs: tuple[GuardedOutput, ...],
     seed: int,
@@ -142,8 +146,8 @@ def _interpreted(
 
     def reachable(written: tuple[GuardedOutput, ...]) -> dict[str, torch.Tensor]:
         found = {output.name: output.tensor for output in written}
-        around = [output for output in written if isinstance(output, ReachingOutput)]
-        return found | {f"surroundings of {output.name}": output.surroundings for output in around}
+        around = ((output.name, output.surroundings) for output in written)
+        return found | {f"surroundings of {name}": tensor for name, tensor in around if tensor is not None}
 
     written = reachable(outputs)
     interpreter = strict_interpreter(
@@ -175,7 +179,7 @@ def _new_trace(case: Case) -> Trace:
     return Trace((*_TRACED, *_TRACED_PER_HEAD) if case.descales_per == "head" else _TRACED)
 
 
-def _which_ran(contract: Contract, case: Case, ran: tuple[str, ...]) -> list[str]:
+def _which_ran(contract: AnyContract, case: Case, ran: tuple[str, ...]) -> list[str]:
     """What is wrong with the device kernels that ran; nothing where the contract names none (plain torch)."""
     if not contract.launches:
         return []
@@ -183,12 +187,13 @@ def _which_ran(contract: Contract, case: Case, ran: tuple[str, ...]) -> list[str
         return ["no device kernel was launched: whatever the output holds, this kernel did not write it"]
     foreign = [name for name in ran if name not in contract.launches]
     missing = sorted(contract.must_launch(case) - set(ran))
-    decided = None if contract.dispatch is None else contract.dispatch.of(case)
+    dispatch = None if isinstance(contract, WriterContract) else contract.dispatch
+    decided = None if dispatch is None else dispatch.of(case)
     told = [f"launched {name}, which the contract of {contract.name} does not name" for name in foreign]
-    if contract.dispatch is None or decided is None:
+    if dispatch is None or decided is None:
         return told + [f"did not launch {name}, as the contract of {contract.name} says it does" for name in missing]
-    astray = sorted((contract.dispatch.every_kernel - {*decided.kernels}) & set(ran))
-    why = f"against its dispatch '{contract.dispatch.name}': {decided.because}"
+    astray = sorted((dispatch.every_kernel - {*decided.kernels}) & set(ran))
+    why = f"against its dispatch '{dispatch.name}': {decided.because}"
     told += [f"did not launch {name}, {why}" for name in missing]
     return told + [f"launched {name}, {why}" for name in astray]
 

@@ -17,10 +17,12 @@ from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
+from typing import overload
 
 from harness.errors import AttnregError, KernelNotFound, KernelRaised
 from harness.kernel.arguments import LaunchArguments
 from harness.kernel.contract import Contract
+from harness.kernel.writer import WriterArguments, WriterContract
 
 IN_TREE = Path(__file__).resolve().parents[2] / "kernels"
 ENTRY_POINT_GROUP = "attnreg.kernels"
@@ -28,16 +30,37 @@ _PACKAGE = "_attnreg_kernels"
 _CHANGED = "__attnreg_changed__"  # in a kernel's module: what its import changed of torch
 
 Launcher = Callable[[LaunchArguments], None]
+WriterLauncher = Callable[[WriterArguments], None]
+AnyContract = Contract | WriterContract
 
 
 def find_kernels(folders: Iterable[Path] = ()) -> dict[str, Contract]:
-    """Contracts by kernel name: the in-tree folders, `folders`, then installed entry points.
+    """Contracts of attention kernels by name: the in-tree folders, `folders`, then installed entry points. Each knows
+    the writers that were found beside it.
 
-    A folder of kernels holds family folders, each with a contract.py that defines KERNELS. An entry point of group
-    `attnreg.kernels` names an iterable of contracts whose `entry` is "module:function".
+    A folder of kernels holds family folders, each with a contract.py that defines KERNELS, a tuple of contracts of
+    attention kernels and of cache writers. An entry point of group `attnreg.kernels` names an iterable of contracts
+    whose `entry` is "module:function".
     Raises KernelNotFound for a folder without families, and for a name that is declared twice.
     """
-    found: dict[str, Contract] = {}
+    found = _by_name(folders)
+    writers = tuple(contract for contract in found.values() if isinstance(contract, WriterContract))
+    attention = {name: contract for name, contract in found.items() if isinstance(contract, Contract)}
+    return {name: replace(contract, writers=writers) for name, contract in attention.items()}
+
+
+def find_writers(folders: Iterable[Path] = ()) -> dict[str, WriterContract]:
+    """Contracts of cache writers by name, found as kernels are."""
+    return {name: contract for name, contract in _by_name(folders).items() if isinstance(contract, WriterContract)}
+
+
+def writers_of(kernels: Mapping[str, Contract]) -> dict[str, WriterContract]:
+    """The writers that `kernels` know, by name."""
+    return {writer.name: writer for contract in kernels.values() for writer in contract.writers}
+
+
+def _by_name(folders: Iterable[Path]) -> dict[str, AnyContract]:
+    found: dict[str, AnyContract] = {}
     for contract in _contracts(folders):
         if contract.name in found:
             raise KernelNotFound(
@@ -47,7 +70,7 @@ def find_kernels(folders: Iterable[Path] = ()) -> dict[str, Contract]:
     return found
 
 
-def _contracts(folders: Iterable[Path]) -> Iterable[Contract]:
+def _contracts(folders: Iterable[Path]) -> Iterable[AnyContract]:
     for folder in (IN_TREE, *folders):
         families = sorted(path.parent for path in folder.glob("*/contract.py"))
         if not families and folder != IN_TREE:  # absent where attnreg was installed without its checkout
@@ -58,7 +81,7 @@ def _contracts(folders: Iterable[Path]) -> Iterable[Contract]:
         yield from point.load()
 
 
-def _declared(family: Path, module_name: str) -> Iterable[Contract]:
+def _declared(family: Path, module_name: str) -> Iterable[AnyContract]:
     """The contracts of one family. Raises KernelNotFound, in one line, for whatever is wrong in its contract.py."""
     path = family / "contract.py"
     try:
@@ -67,7 +90,7 @@ def _declared(family: Path, module_name: str) -> Iterable[Contract]:
         own = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == path.resolve()]
         line = error.lineno if isinstance(error, SyntaxError) else own[-1] if own else 1
         raise KernelNotFound(f"{path}:{line}: {_told(error)}") from error
-    if not isinstance(found, tuple | list) or not all(isinstance(one, Contract) for one in found):
+    if not isinstance(found, tuple | list) or not all(isinstance(one, AnyContract) for one in found):
         said = "there is none" if found is None else f"not {found!r:.60}"
         raise KernelNotFound(f"{path}: KERNELS is a tuple of contracts, {said}")
     return [replace(contract, folder=family) for contract in found]
@@ -89,7 +112,7 @@ def _told(error: BaseException) -> str:
     return f"{type(error).__name__}: {re.sub(_PACKAGE + r'(_[0-9a-f]+)?[.]', '', str(error))}"
 
 
-def _origin(contract: Contract) -> str:
+def _origin(contract: AnyContract) -> str:
     return str(contract.folder) if contract.folder else f"entry point {contract.entry}"
 
 
@@ -103,7 +126,7 @@ def get(kernels: Mapping[str, Contract], name: str) -> Contract:
         raise KernelNotFound(f"unknown kernel '{name}'.{hint} Known: {', '.join(sorted(kernels))}") from None
 
 
-def code_home(contract: Contract) -> Path | None:
+def code_home(contract: AnyContract) -> Path | None:
     """Where the kernel's own code lies: the folder of kernels it was found in, or the package or file of its entry."""
     if contract.folder is not None:
         return contract.folder.parent.resolve()
@@ -113,7 +136,15 @@ def code_home(contract: Contract) -> Path | None:
     return Path(spec.origin).parent if spec.submodule_search_locations else Path(spec.origin)
 
 
-def load_entry(contract: Contract) -> Launcher:
+@overload
+def load_entry(contract: Contract) -> Launcher: ...
+
+
+@overload
+def load_entry(contract: WriterContract) -> WriterLauncher: ...
+
+
+def load_entry(contract: AnyContract) -> Launcher | WriterLauncher:
     """Import the implementation of a kernel and return its adapter.
 
     Raises KernelNotFound where a needed package is not installed (with the line that says what to install) or the

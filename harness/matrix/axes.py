@@ -50,11 +50,14 @@ Schema = dict[str, Any]
 
 @dataclass
 class Vocabulary:
-    """What names may be used in one matrix. `kernels` is None where any name is taken; inline mixes join `mixes`."""
+    """What names may be used in one matrix. `kernels` and `writers` are None where any name is taken; inline mixes join
+    `mixes`.
+    """
 
     source: Source
     kernels: Collection[str] | None = None
     mixes: dict[str, RowMix] = field(default_factory=dict)
+    writers: Collection[str] | None = None
 
 
 class AxisType(Protocol):
@@ -146,6 +149,24 @@ class KernelName:
         if vocabulary.kernels is None:
             return check_name(word, span_of(node), "kernel")
         return one_of(word, vocabulary.kernels, "kernel", span_of(node))
+
+    def schema(self) -> Schema:
+        return {"type": "string"}
+
+
+@dataclass(frozen=True)
+class WriterName:
+    """The name of a cache writer that was found, or none."""
+
+    kind: Kind = "text"
+
+    def parse(self, node: Node, name: str, vocabulary: Vocabulary) -> str | None:
+        word = text(node, name)
+        if word == "none":
+            return None
+        if vocabulary.writers is None:
+            return check_name(word, span_of(node), "writer")
+        return one_of(word, (*vocabulary.writers, "none"), "writer", span_of(node))
 
     def schema(self) -> Schema:
         return {"type": "string"}
@@ -277,6 +298,8 @@ AXES: Mapping[str, Axis] = {
         _axis("placement", PlacementValue(), "", "which physical pages a sequence gets"),
         _axis("num_pages", Number(1, optional=True), "pool", "pages of the pool; none: those needed and a few more"),
         _axis("pool", Choice(POOLS), "", "memory of the pool; auto: aliased where it is large and mostly unused"),
+        _axis("writer", WriterName(), "after_", "the kernel that stores the new tokens; none: the cache is built full"),
+        _axis("steps", Number(1), "steps", "steps of a simulated engine, whose requests the rows are; 1: one launch"),
         _axis(
             "boundary", Choice(BOUNDARIES, optional=True), "at_", "where the addresses of a probe lie; none: no probe"
         ),

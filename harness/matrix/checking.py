@@ -20,6 +20,7 @@ from harness.matrix.expand import (
     LAW_AXES,
     LAYOUT_AXES,
     PLACEMENT_AXES,
+    SERVING_AXES,
     TUPLES,
     assemble,
     constraints,
@@ -30,7 +31,13 @@ from harness.matrix.expand import (
 from harness.matrix.matrix import Matrix, Tier, Values
 from harness.matrix.rows import ROWS_AXES
 from harness.matrix.source import Mistake, Span
-from harness.problem.admission import descales_refusal, law_refusal, layout_refusal, placement_refusal
+from harness.problem.admission import (
+    descales_refusal,
+    law_refusal,
+    layout_refusal,
+    placement_refusal,
+    serving_refusal,
+)
 from harness.problem.boundary import boundary_refusal
 
 MAX_COMBINATIONS = 250_000  # of a product, or tuples of a cover
@@ -154,6 +161,8 @@ def _refused(matrix: Matrix, values: Values, where: str, span: Span, spans: Span
         ("placement", PLACEMENT_AXES, placement_refusal),
         ("num_pages", PLACEMENT_AXES, placement_refusal),
         ("boundary", BOUNDARY_AXES, boundary_refusal),
+        ("writer", SERVING_AXES & values.keys(), serving_refusal),
+        ("steps", SERVING_AXES & values.keys(), serving_refusal),
     ):
         for value in values.get(axis, ()):
             tried = (assemble(matrix.name, chosen) for chosen in _products(values, axes, **{axis: value}))

@@ -24,7 +24,13 @@ from harness.matrix.expression import ExpressionError
 from harness.matrix.matrix import Matrix, Rule, Supported, Tier, Values
 from harness.matrix.rows import ROWS_AXES, RowMix
 from harness.matrix.source import MatrixError, Mistake
-from harness.problem.admission import descales_refusal, law_refusal, layout_refusal, placement_refusal
+from harness.problem.admission import (
+    descales_refusal,
+    law_refusal,
+    layout_refusal,
+    placement_refusal,
+    serving_refusal,
+)
 from harness.problem.boundary import boundary_refusal
 
 _NO_ROWS = (1,), (16,)  # stands in where a batch is not known yet or does not matter
@@ -32,10 +38,13 @@ _HEADS = frozenset({"num_q_heads", "gqa_ratio"})
 LAW_AXES = frozenset({"data", "logits_soft_cap", "alibi", "causal", "placement"})
 DESCALE_AXES = frozenset({"descales", "descales_per", "kv_dtype", "q_dtype", "data"})
 LAYOUT_AXES = frozenset({"layout", "page_size", "head_size", "dtype", "kv_dtype"})
-PLACEMENT_AXES = ROWS_AXES | {"placement", "num_pages"}
+PLACEMENT_AXES = ROWS_AXES | {"placement", "num_pages", "steps"}
 BOUNDARY_AXES = ROWS_AXES | {
     "boundary", "boundary_target", "boundary_position", "placement", "num_pages", "strides", "dtype", "kv_dtype",
     "descales_per", "out_dtype", "num_q_heads", "gqa_ratio", "head_size", "head_size_v", "page_table",
+}  # fmt: skip
+SERVING_AXES = ROWS_AXES | {
+    "writer", "steps", "boundary", "boundary_target", "causal", "placement", "data", "num_pages", "pool",
 }  # fmt: skip
 Predicate = Callable[[Mapping[str, Any]], bool]
 _STORED = frozenset({"dtype", "kv_dtype", "q_dtype"})
@@ -169,24 +178,25 @@ def _refusals(matrix: Matrix, tier: Tier, supported: Supported) -> str:
 def tier_values(matrix: Matrix, tier: Tier) -> Values:
     """The values of every axis in `tier`, in the order of AXES, axes that only have their default included.
 
-    Axes of boundary probes are left out where they are not given: they would only slow down a cover.
+    Axes of boundary probes are left out where there is none: they would only slow down a cover.
     """
     given = {**matrix.values, **(tier.shrink or {})}
     return {
         name: given.get(name, (axis.default,))
         for name, axis in AXES.items()
-        if name in given or not name.startswith("boundary")
+        if name in given or "boundary" in given or not name.startswith("boundary")
     }
 
 
 def entry_values(matrix: Matrix, tier: Tier, entry: Values) -> Values:
     """The values of an entry of `list` or `also`: what it says; else all kernels; else the axis's first value."""
     plain = {name: values if name == "kernel" else values[:1] for name, values in tier_values(matrix, tier).items()}
-    return {**plain, **entry}
+    probe = {name: (axis.default,) for name, axis in AXES.items() if name.startswith("boundary")}
+    return {**(probe if "boundary" in entry else {}), **plain, **entry}
 
 
-def constraints(name: str, rules: Iterable[Rule], axes: Collection[str]) -> list[Constraint]:
-    """The implied constraints and those of `rules`, over values of `axes`."""
+def constraints(name: str, rules: Iterable[Rule], values: Values) -> list[Constraint]:
+    """The implied constraints and those of `rules`, over `values` of axes."""
 
     def divides(values: Mapping[str, Any]) -> bool:
         return bool(values["num_q_heads"] % values["gqa_ratio"] == 0)
@@ -202,8 +212,12 @@ def constraints(name: str, rules: Iterable[Rule], axes: Collection[str]) -> list
         Constraint(LAYOUT_AXES, _admits(name, layout_refusal), "the layout is possible"),
         Constraint(PLACEMENT_AXES, _admits(name, placement_refusal), "the placement is possible"),
     ]
-    if "boundary" in axes:
+    if "boundary" in values:
         implied.append(Constraint(BOUNDARY_AXES, _admits(name, boundary_refusal), "the boundary can be probed"))
+    if values["writer"] != (None,) or values["steps"] != (1,):
+        implied.append(
+            Constraint(SERVING_AXES & values.keys(), _admits(name, serving_refusal), "the cache can be written")
+        )
     return implied + [_rule_constraint(name, rule) for rule in rules]
 
 

@@ -44,14 +44,16 @@ LEGACY_KEYS = ("atol", "rtol")
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
-def load(path: Path | str, *, kernel_names: Collection[str] | None = None) -> Matrix:
-    """The matrix at `path`; names of kernels are checked where `kernel_names` is given.
+def load(
+    path: Path | str, *, kernel_names: Collection[str] | None = None, writer_names: Collection[str] | None = None
+) -> Matrix:
+    """The matrix at `path`; names of kernels and writers are checked where `kernel_names`, `writer_names` are given.
 
     Raises MatrixError with all mistakes in the file (or in the shared rows beside it).
     """
     path = Path(path)
     source = Source.read(path)
-    vocabulary = Vocabulary(source, kernel_names, shared_mixes(path.parent))
+    vocabulary = Vocabulary(source, kernel_names, shared_mixes(path.parent), writer_names)
     return _Loader(source, vocabulary).run(path)
 
 

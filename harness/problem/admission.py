@@ -47,6 +47,8 @@ DESCALES_PER: dict[str, str] = {
     "token": "one for each token and KV head",
 }
 
+MOST_GENERATED = 6  # tokens of one request of an engine, beyond its prompt
+SPARE_PAGES = 4  # of an engine, that nobody is ever given: what a padded table may name, and a wrong slot hit
 EXP_RANGE = 88.0  # exp of less than -88 underflows in float32, of more than 88 overflows
 SHIFTED_MEAN = 160.0  # of the scores of law `large`, and but for its sign of law `negative`
 SHIFTED_SPREAD = 45.0  # scores of these laws keep within this of their mean
@@ -120,6 +122,35 @@ def placement_refusal(case: Case) -> str | None:
     return _pool_refusal(case)
 
 
+def serving_refusal(case: Case) -> str | None:
+    """Why no writer can fill the cache of `case`, or no engine serve its rows, in one sentence; None where they can."""
+    if case.writer is not None and case.boundary is not None and case.boundary_target not in ("kv", "k", "v"):
+        return f"boundary of {case.boundary_target}: a writer stores to K and V only"
+    if case.writer is not None and case.pool == "aliased":
+        return "pool aliased: what a writer stores to is compared whole, and dense"
+    if case.writer is not None and case.placement.repeats:
+        return f"placement '{case.placement.name}' has two tokens in one slot: no writer"
+    if case.steps == 1:
+        return None
+    least = 1 + max(engine_pages(case)) + SPARE_PAGES
+    needs = {
+        "a writer, which stores what each step computes": case.writer is not None,
+        "a causal mask: later tokens are not there yet": case.causal,
+        "a pool that no boundary probe lays out": case.boundary is None,
+        "prompts of at least one token": min(case.rows.seq_lens) > 0,
+        "placement shuffled: its scheduler gives out pages": case.placement.kind == "shuffled",
+        "a data law that is not auto or bar_codes": case.data not in (AUTO, "bar_codes"),
+        f"at least {least} pages (num_pages)": case.num_pages is None or case.num_pages >= least,
+    }
+    lacking = [need for need, met in needs.items() if not met]
+    return f"an engine of {case.steps} steps needs {lacking[0]}" if lacking else None
+
+
+def engine_pages(case: Case) -> tuple[int, ...]:
+    """Pages that a request of each row of an engine may have in the end."""
+    return tuple(-(-(max(prompt, 0) + MOST_GENERATED) // case.page_size) for prompt in case.rows.seq_lens)
+
+
 def shared_prefix_len(case: Case) -> int:
     """Tokens that all rows with context share: whole pages within the smallest context; 0 if nothing is shared."""
     contexts = [c for c in case.rows.context_lens if c > 0]
@@ -166,7 +197,7 @@ def _explicit_refusal(case: Case) -> str | None:
 
 def _pool_refusal(case: Case) -> str | None:
     """A pool holds page 0, the pages of the batch, and one page of poison that padding may name."""
-    if case.num_pages is None:
+    if case.num_pages is None or case.steps > 1:  # of an engine: see serving_refusal
         return None
     if case.placement.kind == "explicit":
         taken = len({page for pages in case.placement.pages for page in pages} | {0})

@@ -61,6 +61,10 @@ class Problem:
             return own
         return own[group_of_key(self.case).to(own.device)]
 
+    def without_writer(self) -> Problem:
+        """The same with a cache that is built full."""
+        return replace(self, case=replace(self.case, writer=None))
+
 
 def build_problem(case: Case, device: torch.device | str) -> Problem:
     """Draw the inputs of `case` on `device`.

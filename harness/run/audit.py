@@ -20,7 +20,7 @@ import torch
 from harness.case import Case
 from harness.errors import LawError, PlacementError
 from harness.kernel.contract import Contract
-from harness.kernel.registry import find_kernels
+from harness.kernel.registry import find_kernels, writers_of
 from harness.matrix.axes import case_id
 from harness.matrix.loading import load
 from harness.oracle.matched_filter import least_gains
@@ -29,7 +29,9 @@ from harness.problem.admission import AUTO
 from harness.problem.problem import build_problem
 from harness.run.judge_gains import page_filter
 from harness.run.observe import Demand, advise, cheapest_laws, choose_law, observe_setup
+from harness.run.plant import NO_PLANT
 from harness.run.reference import reference_inputs
+from harness.run.serving import effects_of, make_engine
 from harness.run.setup import Setup, build_arguments
 from harness.store.plain import plain_dict
 from references.attention import AttentionInputs
@@ -71,7 +73,7 @@ class AuditRow:
 def jobs(paths: Iterable[Path], kernels: Mapping[str, Contract], tier: str, device: str = "cpu") -> Iterator[Job]:
     """The cases of `tier` that their kernel supports. Raises MatrixError."""
     for path in paths:
-        matrix = load(path, kernel_names=kernels)
+        matrix = load(path, kernel_names=kernels, writer_names=writers_of(kernels))
         demand = Demand(matrix.must_see, matrix.margin, matrix.legacy_tolerance)
         for case in matrix.expand(tier, supported=lambda case: kernels[case.kernel].unsupported(case)).cases:
             if demand.must_see and kernels[case.kernel].unsupported(case) is None:
@@ -105,6 +107,8 @@ def audit_case(job: Job) -> AuditRow:
     try:
         if case.data == AUTO:
             case = choose_law(case, contract, demand, job.device).taken.case
+        if case.steps > 1:
+            return _audit_engine(case, job, least_wanted)
         problem = build_problem(case, job.device)
         contract = contract.of_output(case.out_dtype, problem.output_scale)
         setup = build_arguments(problem, contract)
@@ -129,6 +133,14 @@ def audit_case(job: Job) -> AuditRow:
         advice=advise(found, laws),
         least_descale_error=least,
     )
+
+
+def _audit_engine(case: Case, job: Job, least_wanted: dict[str, float]) -> AuditRow:
+    """What the steps of an engine show, each fault the one that shows it. Raises as build_problem."""
+    engine = make_engine(case, job.contract, NO_PLANT, torch.device(job.device), checked=True)
+    margins = effects_of(engine, job.demand)
+    unseen = {fault: size for fault, size in margins.items() if size is not None and size < least_wanted[fault]}
+    return AuditRow(case.matrix, case_id(job.case), case.data, least_wanted, margins, unseen, {})
 
 
 def least_descale_error(setup: Setup, inputs: AttentionInputs, contract: Contract) -> dict[str, float] | None:

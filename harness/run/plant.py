@@ -1,6 +1,7 @@
 """Plants: known faults of a test's set-up, injected on purpose to see that attnreg tells them from kernel faults.
 
 Invariant: a plant changes exactly one thing between the case and the launch, and says for which cases it does anything.
+Of the steps of an engine one is changed, in the middle.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from harness.cache.content import Content, is_decode
 from harness.case import Case, Placement
 from harness.errors import UsageError
 from harness.kernel.arguments import LaunchArguments
+from harness.kernel.writer import WriterArguments
 from harness.problem.problem import Problem
 
 
@@ -31,6 +33,10 @@ class Plant:
     cached_lens: Callable[[Case, Content], tuple[int, ...] | None] = lambda case, content: None
     pool_poison: float = float("nan")
     arguments: Callable[[LaunchArguments], LaunchArguments] = lambda args: args
+    writer_arguments: Callable[[WriterArguments], WriterArguments] = lambda args: args
+    step_arguments: Callable[[LaunchArguments, LaunchArguments], LaunchArguments | None] = (
+        lambda args, previous: args  # those of the step before; None: this step does not show it
+    )
 
 
 def _context_only(case: Case, content: Content) -> tuple[int, ...]:
@@ -89,6 +95,67 @@ def _promoted_by_cumsum(args: LaunchArguments) -> LaunchArguments:
     query_lens = args.query_start_loc.diff()  # [num_seqs] int32
     start_loc = torch.cumsum(query_lens, dim=0)  # int64, whatever went in
     return replace(args, query_start_loc=torch.nn.functional.pad(start_loc, (1, 0)))
+
+
+def _has_slots(case: Case, content: Content) -> bool:
+    return case.writer is not None and max(case.rows.seq_lens) > 0
+
+
+def _slots(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[WriterArguments], WriterArguments]:
+    """A fault of slot_mapping, int64 [num_tokens]; `change` gets a copy."""
+    return lambda args: replace(args, slot_mapping=change(args.slot_mapping.clone()))
+
+
+def _off_by_one(slots: torch.Tensor) -> torch.Tensor:
+    return torch.where(slots >= 0, slots + 1, slots)
+
+
+def _amid(slots: torch.Tensor) -> tuple[int, int]:
+    """A token of the batch that has a slot, and another such (itself where there is one only)."""
+    real = [int(token) for token in (slots >= 0).nonzero()[:, 0]]
+    middle = real[(len(real) - 1) // 2]
+    return middle, real[0] if middle != real[0] else real[-1]
+
+
+def _of_another(slots: torch.Tensor) -> torch.Tensor:
+    token, other = _amid(slots)
+    slots[token] = slots[other] if token != other else slots[token] ^ 1
+    return slots
+
+
+def _skipped(slots: torch.Tensor) -> torch.Tensor:
+    slots[_amid(slots)[0]] = -1
+    return slots
+
+
+def _steps_with_table(case: Case, content: Content) -> bool:
+    return case.steps > 1 and case.page_table == "block_table"
+
+
+def _stale_table(args: LaunchArguments, previous: LaunchArguments) -> LaunchArguments | None:
+    """The page table of the step before, where it fits; None where a row with all its pages needs nothing newer."""
+    assert args.block_table is not None
+    assert previous.block_table is not None
+    table, old = args.block_table.clone(), previous.block_table
+    rows, columns = min(len(table), len(old)), min(table.shape[1], old.shape[1])
+    table[:rows, :columns] = old[:rows, :columns]
+    return _if_live(args, table)
+
+
+def _reused_page(args: LaunchArguments, previous: LaunchArguments) -> LaunchArguments | None:
+    """The first sequence still names a page that the last one has got."""
+    assert args.block_table is not None
+    if len(args.block_table) == 1:
+        return None
+    table = args.block_table.clone()
+    table[0, 0] = table[-1, 0]
+    return _if_live(args, table)
+
+
+def _if_live(args: LaunchArguments, table: torch.Tensor) -> LaunchArguments | None:
+    """`args` with `table` [num_seqs, max_pages], where the first page of a sequence differs; else None."""
+    assert args.block_table is not None
+    return None if torch.equal(table[:, 0], args.block_table[:, 0]) else replace(args, block_table=table)
 
 
 NO_PLANT = Plant("none", "nothing is planted", "PASS", applies=lambda case, content: True)
@@ -154,7 +221,9 @@ PLANTS: dict[str, Plant] = {
             "identity-table",
             "every sequence lies on consecutive pages from page 0: a kernel that ignores the table passes",
             "BLIND",
-            applies=lambda case, content: case.placement.kind != "shared_prefix" and max(case.rows.seq_lens) > 0,
+            applies=lambda case, content: (
+                case.steps == 1 and case.placement.kind != "shared_prefix" and max(case.rows.seq_lens) > 0
+            ),
             case=_identity_table,
         ),
         Plant(
@@ -163,6 +232,48 @@ PLANTS: dict[str, Plant] = {
             "TEST_BUG",
             applies=lambda case, content: True,
             pool_poison=0.0,
+        ),
+        Plant(
+            "slot-int32",
+            "slot_mapping is int32, as all other indices are",
+            "TEST_BUG",
+            applies=_has_slots,
+            writer_arguments=_slots(torch.Tensor.int),
+        ),
+        Plant(
+            "slot-off-by-one",
+            "slot_mapping names the slot behind the right one",
+            "TEST_BUG",
+            applies=_has_slots,
+            writer_arguments=_slots(_off_by_one),
+        ),
+        Plant(
+            "slot-of-another",
+            "slot_mapping sends a token of the batch to the slot of another",
+            "TEST_BUG",
+            applies=_has_slots,
+            writer_arguments=_slots(_of_another),
+        ),
+        Plant(
+            "slot-skipped",
+            "slot_mapping takes a token of the batch for padding: it is stored nowhere",
+            "TEST_BUG",
+            applies=_has_slots,
+            writer_arguments=_slots(_skipped),
+        ),
+        Plant(
+            "table-stale",
+            "one step of an engine gets the page table of the step before",
+            "TEST_BUG",
+            applies=_steps_with_table,
+            step_arguments=_stale_table,
+        ),
+        Plant(
+            "table-reused",
+            "one step of an engine reads a page for a request that another has got meanwhile",
+            "TEST_BUG",
+            applies=_steps_with_table,
+            step_arguments=_reused_page,
         ),
     )
 }

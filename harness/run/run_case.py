@@ -6,10 +6,7 @@ up: set-up faults stop before the launch, and only what the launch itself raises
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -43,12 +40,15 @@ from harness.problem.admission import AUTO, NEEDLES
 from harness.problem.problem import build_problem
 from harness.run.addresses import memory_of, tell_addresses, unreached, unseen_addresses
 from harness.run.agreement import with_agreement
+from harness.run.device import Stopwatch, context_error, release_memory
 from harness.run.judge_access import judge_launch, untraceable
 from harness.run.judge_gains import with_gains
+from harness.run.judge_writing import through_writer
 from harness.run.observe import NO_DEMAND, Demand, batch_of, choose_law, explain_unseen, observe_setup
 from harness.run.outcome import Outcome, Verdict
 from harness.run.plant import NO_PLANT, Plant
 from harness.run.reference import attend_as, reference_inputs
+from harness.run.serving import make_engine, serve
 from harness.run.setup import Setup, build_arguments, check_setup, mapped
 from harness.run.stale import explain_stale
 from harness.run.twice import with_second_launch
@@ -58,8 +58,6 @@ from harness.triage.explain import explain_mismatch, explain_setup_bug, with_row
 from harness.triage.payload import tell_payload_fault
 from harness.triage.raised import explain_raised
 from references.attention import AttentionInputs, AttentionReference
-
-MOST_HELD = 2 << 30  # bytes of a device that a worker keeps between cases
 
 
 @dataclass(frozen=True)
@@ -81,24 +79,6 @@ class Options:
     must_run: tuple[MustRun, ...] = ()  # what the matrix states of the device kernels that run
 
 
-@dataclass
-class Stopwatch:
-    """Seconds by phase; the device is waited for at the end of each."""
-
-    device: torch.device
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-
 def resolve_device(name: str) -> torch.device:
     """The device to run on; on a CPU Triton must be interpreted, which is decided before Triton is imported."""
     if name == "auto":
@@ -114,7 +94,7 @@ def run_case(case: Case, contract: Contract, options: Options) -> Verdict:
     case = options.plant.case(_reseeded(case, options))
     if why := refuted(case, contract, options.must_run):  # other seeds than the matrix's may draw another batch
         return Verdict(Outcome.TEST_BUG, f"before launch: {why}")
-    contract = contract.rounding_as(case)
+    contract = contract.rounding_as(case) if case.steps == 1 else contract  # of an engine: step by step
     device = resolve_device(options.device)
     watch = Stopwatch(device)
     law = ""
@@ -144,24 +124,6 @@ def run_case(case: Case, contract: Contract, options: Options) -> Verdict:
     return replace(verdict, seconds=watch.seconds, seeds=seeds, law=law)
 
 
-def context_error(device: torch.device) -> str | None:
-    """What is wrong with the context of a device, or None: a fault of a kernel may show in what follows it only, and
-    then for good."""
-    if device.type == "cpu":
-        return None
-    try:
-        torch.ones(1, device=device).item()
-    except RuntimeError as error:
-        return None if memory_shortage(error) else first_line(error)
-    return None
-
-
-def release_memory(device: torch.device) -> None:
-    """Give freed memory of the device back where much of it is held: other workers share the device."""
-    if device.type == "cuda" and torch.cuda.memory_reserved(device) > MOST_HELD:
-        torch.cuda.empty_cache()
-
-
 def _reseeded(case: Case, options: Options) -> Case:
     data = case.data_seed if options.data_seed is None else options.data_seed
     geometry = case.geometry_seed if options.geometry_seed is None else options.geometry_seed
@@ -169,6 +131,12 @@ def _reseeded(case: Case, options: Options) -> Case:
 
 
 def _judged(case: Case, contract: Contract, options: Options, watch: Stopwatch) -> Verdict:
+    if case.steps > 1:
+        with watch.phase("problem"):
+            checked, fences = options.contract_checks, options.fences
+            engine = make_engine(case, contract, options.plant, watch.device, checked=checked, fences=fences)
+        by_step = replace(options, demand=NO_DEMAND)
+        return serve(engine, options.demand, lambda own, setup: _seeing(own, setup, by_step, watch))
     try:
         with watch.phase("problem"):
             problem = options.plant.problem(build_problem(case, watch.device))
@@ -179,6 +147,10 @@ def _judged(case: Case, contract: Contract, options: Options, watch: Stopwatch) 
                 check_setup(setup, contract)
     except SetupBug as bug:
         return Verdict(Outcome.TEST_BUG, f"before launch: {bug}", explanation=explain_setup_bug(bug))
+    return _seeing(contract, setup, options, watch)
+
+
+def _seeing(contract: Contract, setup: Setup, options: Options, watch: Stopwatch) -> Verdict:
     if blind := _blindness(setup):
         return Verdict(Outcome.BLIND, blind, memory=memory_of(setup))
     verdict = _launched(contract, setup, options, watch)
@@ -217,6 +189,13 @@ def _launched(contract: Contract, setup: Setup, options: Options, watch: Stopwat
                 explanation = explain_unseen(seen, contract, options.demand, watch.device)
                 return Verdict(Outcome.BLIND, explanation["summary"], explanation=explanation)
         untraced = untraceable(case, watch.device, asked=options.access_trace)
+        if setup.writing is not None:
+            with watch.phase("writer"):
+                seed = case.geometry_seed
+                written = through_writer(setup, program_order_seed=seed, buffer_map=options.buffer_map)
+            if isinstance(written, Verdict):
+                return written
+            setup = written
         if options.buffer_map is not None:
             setup = mapped(setup, options.buffer_map)
         with watch.phase("launch"):
@@ -283,7 +262,7 @@ def _verdict(
     verdict = Verdict(
         Outcome.PASS,
         "",
-        ran=result.ran,
+        ran=(*setup.wrote, *result.ran),
         err_over_tol=tensors["out"],
         lse_err_over_tol=tensors.get("lse"),
         z=findings.gains.z if findings.gains.num_statistics else None,

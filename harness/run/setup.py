@@ -27,6 +27,7 @@ from harness.kernel.workspace import Workspaces
 from harness.problem.boundary import output_geometry, workspace_geometry
 from harness.problem.problem import Problem
 from harness.run.plant import NO_PLANT, Plant
+from harness.run.writing import Writing, build_writing, check_writing
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,24 @@ class Setup:
     cache: KVCache
     args: LaunchArguments
     outputs: tuple[GuardedOutput, ...]  # out, then lse where the kernel returns one
+    writing: Writing | None = None  # the launch of a writer, whose memory the kernel then gets in place of the cache
+    wrote: tuple[str, ...] = ()  # device kernels of a writer that was launched
     fences: Fences = NO_FENCES  # what was asked for
     fenced: frozenset[str] = frozenset()  # buffers with nothing mapped around them
+
+    def on_memory(self, k: torch.Tensor, v: torch.Tensor) -> Setup:
+        """The same with a writer that stores to the memory `k`, `v`, which holds what its own does."""
+        assert self.writing is not None
+        return replace(self, writing=self.writing.on_memory(k, v))
+
+    def on_written_memory(self, wrote: tuple[str, ...]) -> Setup:
+        """The same after the writer left what it had to, by the device kernels `wrote`: attention reads that memory."""
+        assert self.writing is not None
+        memory = self.writing.memory
+        pools = {**self.cache.pools, **memory.pools}
+        cache = replace(self.cache, k=memory.k, v=memory.v, pools=pools, decoys=memory.decoys)
+        args = replace(self.args, k_cache=memory.k, v_cache=memory.v)
+        return replace(self, cache=cache, args=args, writing=None, wrote=wrote)
 
 
 def build_arguments(problem: Problem, contract: Contract, plant: Plant = NO_PLANT, fences: Fences = NO_FENCES) -> Setup:
@@ -90,10 +107,12 @@ def build_arguments(problem: Problem, contract: Contract, plant: Plant = NO_PLAN
         allocator=Workspaces(problem.q.device, workspace_geometry(case)),
         sink_tokens=case.sink_tokens,
     )
+    writer = contract.writer_of(case)
+    writing = None if writer is None else build_writing(problem, contract, writer, cache, plant, fences)
     args, outputs, fenced = fence_launch(
         fences, plant.arguments(args), outputs, fixed=cache.pools_by_argument, room=contract.room
     )
-    return Setup(problem, cache, args, outputs, fences, fenced)
+    return Setup(problem, cache, args, outputs, writing, fences=fences, fenced=fenced)
 
 
 def _scalar(problem: Problem, scale: float, stored: str) -> torch.Tensor | None:
@@ -135,6 +154,8 @@ def check_setup(setup: Setup, contract: Contract) -> None:
     check_arguments(contract, setup.problem.case, setup.args)
     check_handover(setup)
     verify_cache(setup.problem, setup.cache, contract.content, contract.window_pages)
+    if setup.writing is not None:
+        check_writing(setup.writing, contract, setup.cache)
 
 
 def check_handover(setup: Setup) -> None:

@@ -110,7 +110,7 @@ def twin_case(case: Case, contract: Contract) -> Case | str:
     if case.page_size >= longest:
         return "every sequence has one page already"
     shuffled = case.placement if case.placement.kind not in ("explicit", "shared_prefix") else Placement()
-    twin = replace(case, page_size=page_size, placement=shuffled, num_pages=None)
+    twin = replace(case, page_size=page_size, placement=shuffled, num_pages=None, writer=None)
     return contract.unsupported(twin) or layout_refusal(twin) or twin
 
 

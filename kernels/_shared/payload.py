@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from harness.kernel.arguments import LaunchArguments
+from harness.kernel.writer import WriterArguments
 
 _FNUZ_MANTISSA = {torch.float8_e4m3fnuz: 3, torch.float8_e5m2fnuz: 2}  # bits; of formats that are taken apart here
 
@@ -27,7 +28,7 @@ class Descales(NamedTuple):
     head: int
 
 
-def descales_of(args: LaunchArguments) -> tuple[Descales, Descales]:
+def descales_of(args: LaunchArguments | WriterArguments) -> tuple[Descales, Descales]:
     """Descales of K and of V, whatever they are for."""
     if args.k_token_descale is not None and args.v_token_descale is not None:
         k, v = args.k_token_descale, args.v_token_descale

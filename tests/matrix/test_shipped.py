@@ -11,7 +11,7 @@ import pytest
 
 from harness.case import Case
 from harness.kernel.contract import Contract
-from harness.kernel.registry import find_kernels
+from harness.kernel.registry import find_kernels, writers_of
 from harness.matrix import SHARED_ROWS, Expansion, case_id, load
 from harness.problem.admission import law_refusal, placement_refusal
 
@@ -27,7 +27,7 @@ def contracts() -> dict[str, Contract]:
 
 @functools.cache
 def expansions(tier: str) -> tuple[Expansion, ...]:
-    matrices = [load(path, kernel_names=contracts()) for path in MATRICES]
+    matrices = [load(path, kernel_names=contracts(), writer_names=writers_of(contracts())) for path in MATRICES]
     return tuple(m.expand(tier, supported=lambda case: contracts()[case.kernel].unsupported(case)) for m in matrices)
 
 
