@@ -35,8 +35,8 @@ from harness.problem.boundary import boundary_refusal
 
 _NO_ROWS = (1,), (16,)  # stands in where a batch is not known yet or does not matter
 _HEADS = frozenset({"num_q_heads", "gqa_ratio"})
-LAW_AXES = frozenset({"data", "logits_soft_cap", "alibi", "causal", "placement", "q_dtype"})
-DESCALE_AXES = frozenset({"descales", "descales_per", "kv_dtype", "q_dtype"})
+LAW_AXES = frozenset({"data", "logits_soft_cap", "alibi", "causal", "placement"})
+DESCALE_AXES = frozenset({"descales", "descales_per", "kv_dtype", "q_dtype", "data"})
 LAYOUT_AXES = frozenset({"layout", "page_size", "head_size", "dtype", "kv_dtype"})
 PLACEMENT_AXES = ROWS_AXES | {"placement", "num_pages", "steps"}
 BOUNDARY_AXES = ROWS_AXES | {

@@ -63,8 +63,6 @@ def law_refusal(case: Case) -> str | None:
         return f"unknown data law '{law}'; known: {', '.join(LAWS)}"
     if law in BY_POSITION and case.placement.repeats:
         return f"{law}: placement '{case.placement.name}' has the same tokens at two places of a sequence"
-    if law in NEEDLES and case.q_dtype != "auto":
-        return f"{law}: a query of 8 bits is not exactly a multiple of a key"
     if law in NEEDLES and cap is not None:
         return f"{law}: a soft cap of {cap:g} bounds the score gap that a needle needs"
     if law in ("negative", "large") and cap is not None:
@@ -81,7 +79,7 @@ def law_refusal(case: Case) -> str | None:
 
 
 def descales_refusal(case: Case) -> str | None:
-    """Why the descales of `case` do not fit its cache, in one sentence; None where they do."""
+    """Why the descales of `case` do not fit its cache, or 8-bit queries their keys; None where they do."""
     for axis, word, known in (("descales_per", case.descales_per, DESCALES_PER), ("descales", case.descales, DESCALES)):
         if word not in known:
             return f"unknown {axis} '{word}'; known: {', '.join(known)}"
@@ -89,6 +87,8 @@ def descales_refusal(case: Case) -> str | None:
         return f"descales_per {case.descales_per}: a cache of kv_dtype auto has no descales"
     if case.kv_dtype == case.q_dtype == "auto" and case.descales != "loud":
         return f"descales {case.descales}: a cache of kv_dtype auto has none"
+    if case.data in NEEDLES and case.q_dtype not in ("auto", case.kv_dtype):
+        return f"{case.data}: a query stored as {case.q_dtype} holds no key stored as {case.kv_dtype}"
     if case.descales_per == "tensor" and case.descales in ("quiet", "equal"):
         return f"descales {case.descales}: one per tensor has nothing to be {case.descales} with"
     return None

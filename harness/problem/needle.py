@@ -52,8 +52,10 @@ def needle_queries(
     softmax_scale: float,
     slopes: Sequence[float] | None,
     sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """Power-of-two multiples of the stored target keys: [num_tokens, num_q_heads, head_size] in the case's dtype.
+) -> tuple[torch.Tensor, float]:
+    """Power-of-two multiples of the stored target keys: [num_tokens, num_q_heads, head_size] in the dtype of the case,
+    and 1; 8-bit queries are the target keys as they are stored, and the descale that makes every one of them needle
+    enough.
 
     `payload` [num_keys, kv_heads, d] float64 (see stored_as) times `descale` ([1, 1, 1], or [num_keys, kv_heads, 1]
     where each page has its own) is what kernels see; `sinks` [num_q_heads] or None. Queries that see nothing are 0.
@@ -61,7 +63,8 @@ def needle_queries(
     """
     device, heads = payload.device, case.num_q_heads
     element = element_type(case.dtype)
-    q = torch.zeros((case.rows.num_tokens, heads, case.head_size), dtype=element.torch, device=device)
+    q = torch.zeros((case.rows.num_tokens, heads, case.head_size), dtype=torch.float64, device=device)
+    enough = 0.0
     slope = torch.zeros(heads) if slopes is None else torch.tensor(slopes, dtype=torch.float32)
     slope = slope.to(device=device, dtype=torch.float64)
     rival = torch.zeros_like(slope)  # [heads] a key of zeros where none should be, or the sink: ALiBi touches neither
@@ -85,11 +88,17 @@ def needle_queries(
         needed = needed / torch.full_like(own, unit * softmax_scale)
         needed = torch.where(seen, needed, torch.zeros_like(needed))
         _refuse_twins(span, needed, target)
+        if case.q_dtype != "auto":
+            q[span.tokens] = torch.where(seen[:, :, None], chosen, torch.zeros_like(chosen))
+            enough = max(enough, float(needed.max()))
+            continue
         factor = powers[torch.searchsorted(powers, needed.contiguous()).clamp(max=len(powers) - 1)]  # [tokens, heads]
         query = torch.where(seen[:, :, None], chosen * factor[:, :, None], torch.zeros_like(chosen))
         _refuse_overflow(span, query, element.largest, case.dtype)
-        q[span.tokens] = query.to(element.torch)
-    return q
+        q[span.tokens] = query
+    if case.q_dtype != "auto":  # keys of that type, exactly; a little more than enough is no 1
+        return q.to(element_type(case.q_dtype).torch), float(torch.tensor(enough * 1.25 or 0.5))
+    return q.to(element.torch), 1.0
 
 
 def _dots(chosen: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:

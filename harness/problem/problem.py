@@ -106,7 +106,8 @@ def build_problem(case: Case, device: torch.device | str) -> Problem:
     descale = problem.descale("k").to(torch.float64)
     payload = stored_as(case, k, descale)
     k = (payload * descale).to(k.dtype)  # unchanged where the cache stores the dtype of the case
-    return replace(problem, k=k, q=needle_queries(case, payload, descale, softmax_scale, slopes, sinks))
+    q, q_descale = needle_queries(case, payload, descale, softmax_scale, slopes, sinks)
+    return replace(problem, k=k, q=q, q_descale=q_descale)
 
 
 def _stored_queries(case: Case, q: torch.Tensor, descale: float) -> torch.Tensor:

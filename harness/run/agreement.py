@@ -1,7 +1,7 @@
 """Agreement of twins: what only moves bytes must not move a bit of the output.
 
-Invariant: case and twin are the same problem and differ in one of TWIN_AXES alone, on the same kernel and, in the
-interpreter, in the same order of programs; so where bits differ that axis changed the arithmetic. Either output may
+Invariant: case and twin are the same problem and differ in one of TWIN_AXES alone, on the same device kernels and, in
+the interpreter, in the same order of programs; so where bits differ that axis changed the arithmetic. Either output may
 lie within its tolerance. An axis of which the contract says that it does change the arithmetic is not compared.
 """
 
@@ -49,7 +49,7 @@ def with_agreement(
 
 
 def twin_in(axis: str, case: Case, contract: Contract) -> Case | str:
-    """`case` with the next value of `axis` that its kernel takes, or why there is none.
+    """`case` with the next value of `axis` that goes to the same device kernels, or why there is none.
 
     The next one, in turn, so that the cases of a sweep compare all values with each other.
     """
@@ -61,7 +61,9 @@ def twin_in(axis: str, case: Case, contract: Contract) -> Case | str:
     for word in (*kind.words[at + 1 :], *kind.words[:at]):
         changed: dict[str, Any] = {axis: word}
         twin = replace(case, writer=None, **changed)  # what a writer had stored is built: the same bits
-        if not (contract.unsupported(twin) or layout_refusal(twin) or placement_refusal(twin)):
+        if contract.unsupported(twin) or layout_refusal(twin) or placement_refusal(twin):
+            continue
+        if contract.must_launch(twin) == contract.must_launch(case):
             return twin
     return f"{contract.name} takes no other one here"
 

@@ -25,10 +25,12 @@ import detection  # noqa: E402
 import false_alarms  # noqa: E402
 import faults_on_kernels  # noqa: E402
 import input_faults  # noqa: E402
+import page_transitions  # noqa: E402
 import peer_rules  # noqa: E402
 import staging  # noqa: E402
 
 from harness.case import Case, Rows  # noqa: E402
+from harness.kernel.registry import find_kernels  # noqa: E402
 from harness.run.run_case import resolve_device  # noqa: E402
 from references.attention import AttentionInputs, Rounding, attend  # noqa: E402
 
@@ -192,3 +194,36 @@ def test_faults_on_an_in_tree_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any(result["none"].values())
     assert all(result[wanted[1]][tier] for tier in ("L", "T2", faults_on_kernels.NAMED))
     assert all(result["wrong page"][tier] for tier in ("T1", "L", "T2"))
+
+
+@pytest.mark.parametrize(
+    ("stale", "pages", "outcome", "named", "wrong"),
+    [
+        ("honest", (6, 7), "PASS", False, ""),
+        ("honest", (6, 7), "FAIL", False, "FAIL of what is right"),
+        ("K", (6, 7), "FAIL", True, ""),
+        ("K", (6, 7), "ELEVATED", True, ""),
+        ("K", (6, 7), "PASS", False, "a stale descale is PASS"),
+        ("K", (6, 7), "FAIL", False, "called nothing"),
+        ("K", (6, 6), "PASS", False, ""),  # nothing to get wrong
+        ("K", (6,), "FAIL", False, "FAIL of what is right"),
+    ],
+)
+def test_page_transitions_count_what_must_not_be(
+    stale: str, pages: tuple[int, ...], outcome: str, named: bool, wrong: str
+) -> None:
+    row = page_transitions.Row("k", stale, pages, "quiet", 0, outcome, {"T1": 0.5}, named, "", 0.01, "PASS")
+    assert row.wrong == wrong
+
+
+def test_page_transitions_has_the_probes_and_a_plant_for_each_kernel() -> None:
+    pages = {case.placement.pages[0] for case in page_transitions.probes()}
+    assert {(4096,), (4097,), (4096, 4096), (4095, 4096), (4098, 4099)} < pages
+    assert len(pages) == 8
+    for kernel, plants in page_transitions.PLANTS.items():
+        contract = find_kernels()[kernel]
+        assert contract.folder is not None
+        source = (contract.folder / contract.entry.partition(":")[0]).read_text()
+        for old, new in (edit for edits in plants.values() for edit in edits):
+            assert source.count(old) == 1
+            assert new not in source

@@ -188,12 +188,16 @@ def run_strictly(launcher: Launcher, args: LaunchArguments) -> Session:
 
 
 def with_fault(contract: Contract, folder: Path, old: str, new: str) -> Launcher:
-    """The kernel with `old` replaced by `new` in a copy of its family under `folder`; `old` must occur exactly once."""
+    """The kernel with `old` replaced by `new` in a copy of its family under `folder`, or of the shared files where the
+    family does not have it; `old` must occur exactly once.
+    """
     assert contract.folder is not None
     for name in ("_shared", contract.folder.name):
         shutil.copytree(IN_TREE / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     family = folder / contract.folder.name
     sources = {file: file.read_text() for file in family.glob("*.py")}
+    if not any(old in text for text in sources.values()):
+        sources = {file: file.read_text() for file in (folder / "_shared").glob("*.py")}
     assert sum(text.count(old) for text in sources.values()) == 1, f"{old!r} does not occur exactly once"
     for file, text in sources.items():
         file.write_text(text.replace(old, new))

@@ -9,6 +9,8 @@ from harness.case import Case, Placement, Rows
 from harness.dtypes import element_type
 from harness.errors import LawError
 from harness.problem.admission import LAWS, descales_refusal
+from harness.problem.needle import GAP
+from harness.problem.payload import payload_of
 from harness.problem.problem import Problem, build_problem
 
 ROWS = Rows("r", (5, 1, 7, 1, 3), (340, 1060, -3, -1, 133))
@@ -144,6 +146,26 @@ def test_an_8_bit_query_is_the_drawn_one_rounded_at_its_own_descale(data: str, q
     assert float(error.max()) > 0
 
 
+@pytest.mark.parametrize("per", ["tensor", "head", "token"])
+@pytest.mark.parametrize("fp8", ["fp8_e4m3", "fp8_e5m2fnuz"])
+def test_8_bit_needles_are_keys_as_they_are_stored(fp8: str, per: str) -> None:
+    rows = Rows("r", (5, 1, 3), (34, 60, -1))
+    case = replace(PLAIN, rows=rows, kv_dtype=fp8, q_dtype=fp8, descales_per=per, data="needle", sinks=True)
+    problem = build_problem(case, "cpu")
+    payload = payload_of(problem.k, problem.descale("k"), element_type(fp8)).view(torch.uint8)  # [keys, kv heads, d]
+    k = payload.view(element_type(fp8).torch).double() * problem.descale("k").double()
+    for token, end in ((0, 35), (4, 39), (5, 100)):
+        start = 0 if token < 5 else 39
+        for head in range(8):
+            stored = problem.q[token, head].view(torch.uint8)
+            own = (payload[start:end, head // 2] == stored).all(dim=1)
+            assert int(own.sum()) == 1
+            scores = k[start:end, head // 2] @ stored_queries(problem)[token, head] * problem.softmax_scale
+            rivals = torch.cat([scores[~own], torch.zeros(1, dtype=torch.float64)])
+            assert float(scores[own] - rivals.max()) > GAP
+    assert not bool(problem.q[6].view(torch.uint8).any())  # a query before the first key
+
+
 def test_an_8_bit_output_has_a_scale_at_which_large_values_saturate() -> None:
     for out_dtype in ("fp8_e4m3", "fp8_e5m2fnuz"):
         scale = build_problem(replace(PLAIN, out_dtype=out_dtype), "cpu").output_scale
@@ -161,7 +183,10 @@ def test_what_a_case_refuses() -> None:
         (replace(PLAIN, descales="equal"), "descales equal: one per tensor has nothing to be equal with"),
         (replace(PLAIN, descales="lod"), "unknown descales 'lod'; known: loud, quiet, equal, one"),
         (replace(PLAIN, descales_per="dim"), "unknown descales_per 'dim'; known: tensor, head, page, token"),
-        (replace(PLAIN, data="needle", q_dtype="fp8_e4m3"), "needle: a query of 8 bits is not exactly a multiple of"),
+        (
+            replace(PLAIN, data="needle", q_dtype="fp8_e5m2"),
+            "needle: a query stored as fp8_e5m2 holds no key stored as fp8_e4m3",
+        ),
     ):
         with pytest.raises(LawError, match=words):
             build_problem(case, "cpu")

@@ -111,3 +111,15 @@ def test_twins_take_turns_through_the_values_that_a_kernel_takes() -> None:
     assert twin_in("layout", CASE, few) == "reorders takes no other one here"
     probe = replace(CASE, boundary="carry", boundary_target="k", rows=Rows("r", (1, 1), (20, 12)))
     assert twin_in("strides", probe, of) == "reorders takes no other one here"
+
+
+def test_a_twin_that_goes_to_other_device_kernels_is_no_twin() -> None:
+    """Of fp8 in whole vectors V3 takes linear layouts only, in another order of sums; that is no fault."""
+    common = {"dtype": "bf16", "kv_dtype": "fp8_e4m3", "q_dtype": "fp8_e4m3", "page_size": 16, "head_size": 32}
+    case = replace(CASE, kernel="batch_prefill", **common)  # type: ignore[arg-type]
+    of = KERNELS["batch_prefill"]
+    assert of.must_launch(case) != of.must_launch(replace(case, layout="vectorized"))
+    assert twin_in("layout", case, of) == "batch_prefill takes no other one here"
+    vectorized = twin_in("layout", replace(case, layout="vectorized"), of)
+    assert isinstance(vectorized, Case)
+    assert vectorized.layout == "hnd"

@@ -17,7 +17,7 @@ prepare("cpu")
 UNIFIED = case("unified_paged", (5, 1, 7, 1), (40, 60, -3, 100), head_size=24)
 K_LOAD = "(payload_values(k, CACHE_MANTISSA) * k_scale)"
 V_LOAD = "(payload_values(v, CACHE_MANTISSA) * v_scale)"
-BIAS = "bias: tl.constexpr = 1 << (6 - MANTISSA)\n    power"
+BIAS = "bias: tl.constexpr = 1 << (6 - MANTISSA)\n        power"
 BY_TENSOR, BY_HEAD, BY_PAGE, BY_TOKEN = ({"descales_per": per} for per in ("tensor", "head", "page", "token"))
 SHARED = "../_shared/payload.py"
 
@@ -62,8 +62,8 @@ FAULTS: dict[str, tuple[dict[str, str], str, str, str, str]] = {
     ),
     "the sign of int8 lost": (
         {"kv_dtype": "int8"},
-        "return payload.to(tl.float32)",
-        "return payload.to(tl.uint8, bitcast=True).to(tl.float32)",
+        "value = payload.to(tl.float32)",
+        "value = payload.to(tl.uint8, bitcast=True).to(tl.float32)",
         SHARED,
         "stored bytes read as another format (K and V, the sign lost)",
     ),
@@ -78,7 +78,7 @@ FAULTS: dict[str, tuple[dict[str, str], str, str, str, str]] = {
         {"out_dtype": "fp8_e4m3", "data": "biased"},
         "out = out / tl.load(output_scale_ptr)",
         "tl.load(output_scale_ptr)",
-        "softmax_rows.py",
+        "../_shared/softmax_rows.py",
         "the scale of the output not applied",
     ),
 }
