@@ -161,11 +161,13 @@ def _refused(matrix: Matrix, values: Values, where: str, span: Span, spans: Span
         ("placement", PLACEMENT_AXES, placement_refusal),
         ("num_pages", PLACEMENT_AXES, placement_refusal),
         ("boundary", BOUNDARY_AXES, boundary_refusal),
-        ("writer", SERVING_AXES & values.keys(), serving_refusal),
-        ("steps", SERVING_AXES & values.keys(), serving_refusal),
+        ("writer", SERVING_AXES, serving_refusal),
+        ("steps", SERVING_AXES, serving_refusal),
     ):
         for value in values.get(axis, ()):
-            tried = (assemble(matrix.name, chosen) for chosen in _products(values, axes, **{axis: value}))
+            tried = (
+                assemble(matrix.name, chosen) for chosen in _products(values, axes & values.keys(), **{axis: value})
+            )
             reason = _refused_all(tried, refusal)
             if reason and reason not in told:  # one that two axes share is told at the first
                 told.add(reason)

@@ -46,6 +46,7 @@ BOUNDARY_AXES = ROWS_AXES | {
 SERVING_AXES = ROWS_AXES | {
     "writer", "steps", "boundary", "boundary_target", "causal", "placement", "data", "num_pages", "pool",
 }  # fmt: skip
+_SELDOM = frozenset({"writer", "steps", "boundary", "boundary_target", "boundary_position"})
 Predicate = Callable[[Mapping[str, Any]], bool]
 _STORED = frozenset({"dtype", "kv_dtype", "q_dtype"})
 _DESCALED = frozenset({"descales_per", "page_size"})
@@ -178,13 +179,14 @@ def _refusals(matrix: Matrix, tier: Tier, supported: Supported) -> str:
 def tier_values(matrix: Matrix, tier: Tier) -> Values:
     """The values of every axis in `tier`, in the order of AXES, axes that only have their default included.
 
-    Axes of boundary probes are left out where there is none: they would only slow down a cover.
+    Axes of boundary probes are left out where there is none, those of writers where they are not given: they would only
+    slow down a cover, and change which cases form it.
     """
     given = {**matrix.values, **(tier.shrink or {})}
     return {
         name: given.get(name, (axis.default,))
         for name, axis in AXES.items()
-        if name in given or "boundary" in given or not name.startswith("boundary")
+        if name in given or name not in _SELDOM or ("boundary" in given and name.startswith("boundary"))
     }
 
 
@@ -210,11 +212,11 @@ def constraints(name: str, rules: Iterable[Rule], values: Values) -> list[Constr
         Constraint(LAW_AXES, _admits(name, law_refusal), "the data law is possible"),
         Constraint(DESCALE_AXES, _admits(name, descales_refusal), "the descales are possible"),
         Constraint(LAYOUT_AXES, _admits(name, layout_refusal), "the layout is possible"),
-        Constraint(PLACEMENT_AXES, _admits(name, placement_refusal), "the placement is possible"),
+        Constraint(PLACEMENT_AXES & values.keys(), _admits(name, placement_refusal), "the placement is possible"),
     ]
     if "boundary" in values:
         implied.append(Constraint(BOUNDARY_AXES, _admits(name, boundary_refusal), "the boundary can be probed"))
-    if values["writer"] != (None,) or values["steps"] != (1,):
+    if "writer" in values or "steps" in values:
         implied.append(
             Constraint(SERVING_AXES & values.keys(), _admits(name, serving_refusal), "the cache can be written")
         )
