@@ -57,7 +57,7 @@ class Model:
         self.free = tuple(i for i, values in enumerate(self.values) if len(values) > 1)
         index = {name: i for i, name in enumerate(self.names)}
         self._watching: list[list[int]] = [[] for _ in self.names]
-        self._constraints: list[tuple[tuple[int, ...], Constraint, dict[Row, bool]]] = []
+        self._constraints: list[tuple[tuple[int, ...], Constraint, dict[tuple[int | None, ...], bool]]] = []
         for constraint in constraints:
             scope = tuple(sorted(index[name] for name in constraint.axes if name in index))
             for axis in scope:
@@ -81,17 +81,36 @@ class Model:
 
     def allows(self, row: Sequence[int | None], axes: Iterable[int]) -> bool:
         """Whether every constraint on one of `axes` whose axes are all assigned in `row` holds."""
+        numbers = {c for axis in axes for c in self._watching[axis]}
+        return all(self._holds(number, row) for number in numbers if None not in self._key(number, row))
+
+    def excluded(
+        self, row: list[int | None], axes: Iterable[int], left: Sequence[set[int]]
+    ) -> Iterator[tuple[int, int]]:
+        """(axis, value) pairs out of `left`, the values of each axis, that constraints on one of `axes` rule out: those
+        with a single axis that `row` does not assign.
+        """
         for number in {c for axis in axes for c in self._watching[axis]}:
-            scope, constraint, known = self._constraints[number]
-            key = tuple(value for axis in scope if (value := row[axis]) is not None)
-            if len(key) < len(scope):
-                continue
-            if key not in known:
-                chosen = zip(scope, key, strict=True)
-                known[key] = constraint.holds({self.names[axis]: self.values[axis][v] for axis, v in chosen})
-            if not known[key]:
-                return False
-        return True
+            key = self._key(number, row)
+            if key.count(None) == 1:
+                axis = self._constraints[number][0][key.index(None)]
+                for value in [*left[axis]]:
+                    row[axis] = value
+                    if not self._holds(number, row):
+                        yield axis, value
+                row[axis] = None
+
+    def _key(self, number: int, row: Sequence[int | None]) -> tuple[int | None, ...]:
+        return tuple([row[axis] for axis in self._constraints[number][0]])
+
+    def _holds(self, number: int, row: Sequence[int | None]) -> bool:
+        """Of a constraint whose axes are all assigned."""
+        scope, constraint, known = self._constraints[number]
+        key = tuple([row[axis] for axis in scope])
+        if key not in known:
+            chosen = {self.names[axis]: self.values[axis][value] for axis in scope if (value := row[axis]) is not None}
+            known[key] = constraint.holds(chosen)
+        return known[key]
 
     def possible(self, fixed: Tuple = ()) -> Row | None:
         """Some full row that contains `fixed`, or None: proof that there is none."""
@@ -112,33 +131,60 @@ Gain = Callable[[int, Sequence[int | None]], list[int]]  # (axis, row so far) ->
 
 
 class _Search:
-    """Depth first over the axes in `order`; CoverError after `limit` steps."""
+    """Depth first over the axes in `order`, but axes with one value left at once; CoverError after `limit` steps.
+
+    Of every axis it keeps the values that no constraint excludes yet, and turns back where one has none left: an
+    entanglement shows as soon as all but one of its axes are assigned.
+    """
 
     def __init__(self, model: Model, order: Sequence[int], gain: Gain | None, limit: int) -> None:
-        self.model, self.order, self.gain, self.left = model, order, gain, limit
+        self.model, self.order, self.gain, self.steps = model, order, gain, limit
 
     def run(self, fixed: Tuple) -> Row | None:
         row: list[int | None] = [None] * len(self.model.names)
         for axis, value in fixed:
             row[axis] = value
-        if not self.model.allows(row, [axis for axis, _ in fixed]):
+        left = [set(range(len(values))) for values in self.model.values]
+        axes = [axis for axis, _ in fixed]
+        if not self.model.allows(row, axes) or self._narrow(row, range(len(row)), left) is None:
             return None
         rest = [axis for axis in self.order if row[axis] is None]
-        return tuple(v for v in row if v is not None) if self._extend(row, rest, 0) else None
+        return tuple(v for v in row if v is not None) if self._extend(row, rest, left) else None
 
-    def _extend(self, row: list[int | None], rest: list[int], depth: int) -> bool:
-        if depth == len(rest):
+    def _extend(self, row: list[int | None], rest: list[int], left: list[set[int]]) -> bool:
+        if not rest:
             return True
-        axis = rest[depth]
-        for value in self.gain(axis, row) if self.gain else range(len(self.model.values[axis])):
-            self.left -= 1
-            if self.left < 0:
+        axis = next((axis for axis in rest if len(left[axis]) == 1), rest[0])
+        others = [other for other in rest if other != axis]
+        for value in self.gain(axis, row) if self.gain and len(left[axis]) > 1 else sorted(left[axis]):
+            if value not in left[axis]:
+                continue
+            self.steps -= 1
+            if self.steps < 0:
                 raise CoverError("the constraints are too entangled to tell which combinations are possible")
             row[axis] = value
-            if self.model.allows(row, (axis,)) and self._extend(row, rest, depth + 1):
-                return True
+            if (removed := self._narrow(row, (axis,), left)) is not None:
+                if self._extend(row, others, left):
+                    return True
+                for other, gone in removed:
+                    left[other].add(gone)
         row[axis] = None
         return False
+
+    def _narrow(self, row: list[int | None], axes: Iterable[int], left: list[set[int]]) -> list[tuple[int, int]] | None:
+        """Take from `left` what `row` excludes by constraints on `axes`: what was taken; None, and nothing taken, where
+        that is all of some axis.
+        """
+        removed: list[tuple[int, int]] = []
+        for axis, value in self.model.excluded(row, axes, left):
+            left[axis].discard(value)
+            removed.append((axis, value))
+            if not left[axis]:
+                row[axis] = None
+                for other, gone in removed:
+                    left[other].add(gone)
+                return None
+        return removed
 
 
 def cover(model: Model, t: int, seed: int = 0, candidates: int = 4) -> list[Row]:

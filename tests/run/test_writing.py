@@ -16,7 +16,6 @@ from harness.run.plant import NO_PLANT, PLANTS, Plant
 from harness.run.run_case import Options, run_case
 
 KERNELS = find_kernels([Path(__file__).parent / "writers"])
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 CASE = Case(
     "writing",
     "unified_paged",
@@ -29,14 +28,11 @@ CASE = Case(
 )
 
 
-def run(
-    case: Case, plant: Plant = NO_PLANT, *, device: str = "cpu", checks: bool = True, twice: bool = False
-) -> Verdict:
-    options = Options(device=device, plant=plant, contract_checks=checks, twice=twice)
+def run(case: Case, plant: Plant = NO_PLANT, *, checks: bool = True, twice: bool = False) -> Verdict:
+    options = Options(device="cpu", plant=plant, contract_checks=checks, twice=twice)
     return run_case(case, KERNELS[case.kernel], options)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
 @pytest.mark.parametrize(
     ("kv_dtype", "layout", "strides", "descales_per"),
@@ -54,10 +50,10 @@ def run(
     ],
 )
 def test_the_writer_of_the_tree_is_right_to_the_byte(
-    kv_dtype: str, layout: str, strides: str, descales_per: str, dtype: str, device: str
+    kv_dtype: str, layout: str, strides: str, descales_per: str, dtype: str
 ) -> None:
     axes = {"kv_dtype": kv_dtype, "layout": layout, "strides": strides, "descales_per": descales_per, "dtype": dtype}
-    verdict = run(replace(CASE, **axes), device=device)  # type: ignore[arg-type]
+    verdict = run(replace(CASE, **axes))  # type: ignore[arg-type]
     assert verdict.outcome is Outcome.PASS, verdict.reason
     assert verdict.ran == ("cache_writer_kernel", "unified_paged_kernel")
 
@@ -189,7 +185,6 @@ PROBE = replace(
 )
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "axes",
     [
@@ -199,8 +194,8 @@ PROBE = replace(
         {"boundary": "page16", "boundary_target": "kv", "page_size": 8, "head_size": 16, "kv_dtype": "fp8_e4m3"},
     ],
 )
-def test_the_writer_of_the_tree_stores_beyond_every_boundary(axes: dict[str, object], device: str) -> None:
-    verdict = run(replace(PROBE, **axes), device=device)  # type: ignore[arg-type]
+def test_the_writer_of_the_tree_stores_beyond_every_boundary(axes: dict[str, object]) -> None:
+    verdict = run(replace(PROBE, **axes))  # type: ignore[arg-type]
     assert verdict.outcome is Outcome.PASS, verdict.reason
 
 
