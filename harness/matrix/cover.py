@@ -60,6 +60,8 @@ class Model:
         self._constraints: list[tuple[tuple[int, ...], Constraint, dict[tuple[int | None, ...], bool]]] = []
         for constraint in constraints:
             scope = tuple(sorted(index[name] for name in constraint.axes if name in index))
+            if not scope and self.names:
+                scope = (0,)  # it holds for every row or for none: any axis tells
             for axis in scope:
                 self._watching[axis].append(len(self._constraints))
             self._constraints.append((scope, constraint, {}))

@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from harness.cache.content import Content
+from harness.oracle.descale_faults import EVERY_OTHER_SLOT
 from harness.oracle.faults import FAULT_MODELS
-from harness.oracle.payload_faults import EVERY_OTHER_SLOT, Change
+from harness.oracle.payload_faults import Change
 from harness.oracle.scene import Batch, Outcome, Rows, Scene
 from harness.oracle.scene_sampling import scenes
 

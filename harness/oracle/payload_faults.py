@@ -1,4 +1,4 @@
-"""Faults of what stored bytes mean: read as another format, or multiplied by a descale that is not theirs.
+"""Faults of what stored bytes mean: read as another format; of 8-bit queries and outputs, a descale left out.
 
 Invariant: as for all fault models (harness.oracle.faults). Of bytes that another format has no number for, the fault is
 taken to make 0: it is shown smaller than it is, never larger.
@@ -6,15 +6,13 @@ taken to make 0: it is shown smaller than it is, never larger.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
 
-from harness.cache.content import Content
-from harness.case import Case
 from harness.dtypes import element_type
-from harness.oracle.scene import PLACES, Outcome, Rows, Scene, per_head
+from harness.oracle.scene import Outcome, Rows, Scene, per_head
 
 Change = Callable[[Scene], Rows | Outcome | None]
 
@@ -37,6 +35,12 @@ def _unsigned(payload: torch.Tensor, kv_dtype: str) -> torch.Tensor | None:
     return payload.view(torch.uint8).double() if kv_dtype == "int8" else None
 
 
+def stored(scene: Scene, which: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Payload [keys, num_kv_heads, dim] and descale [keys, num_kv_heads, 1] of K or V."""
+    k = which == "k"
+    return (scene.key_payload, scene.k_descale) if k else (scene.value_payload, scene.v_descale)
+
+
 Reading = Callable[[torch.Tensor, str], torch.Tensor | None]
 _READINGS: Mapping[str, Reading] = {
     "the exponent off by one": lambda payload, own: _misread(payload, _OTHER_BIAS, own),
@@ -48,7 +52,7 @@ _READINGS: Mapping[str, Reading] = {
 def _encoding(which: str, reading: Reading) -> Change:
     def change(scene: Scene) -> Rows | None:
         cached = slice(0, scene.cached_len)
-        payload, descale = _stored(scene, which)
+        payload, descale = stored(scene, which)
         read = reading(payload[cached], scene.case.kv_dtype)
         if read is None or not scene.cached_pages:
             return None
@@ -64,49 +68,6 @@ def _encoding(which: str, reading: Reading) -> Change:
     return change
 
 
-def _stored(scene: Scene, which: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Payload [keys, num_kv_heads, dim] and descale [keys, num_kv_heads, 1] of K or V."""
-    k = which == "k"
-    return (scene.key_payload, scene.k_descale) if k else (scene.value_payload, scene.v_descale)
-
-
-def _with_descale(scene: Scene, which: str, keys: slice, descale: torch.Tensor) -> Rows:
-    """`descale` [keys of the slice, num_kv_heads, 1] in place of the right one."""
-    ratio = per_head(descale.double() / _stored(scene, which)[1][keys], scene.kv_heads)  # [heads, keys, 1]
-    if which == "k":
-        dots = scene.rows.dots.clone()
-        dots[..., keys] *= ratio.transpose(1, 2)
-        return replace(scene.rows, dots=dots)
-    v = scene.rows.v.clone()
-    v[:, keys] *= ratio
-    return replace(scene.rows, v=v)
-
-
-def _other_head(which: str) -> Change:
-    def change(scene: Scene) -> Rows | None:
-        if not scene.cached_pages:
-            return None
-        cached = slice(0, scene.cached_len)
-        return _with_descale(scene, which, cached, _stored(scene, which)[1][cached].roll(-1, 1))
-
-    return change
-
-
-def _other_slot(which: str, place: Callable[[Sequence[int]], int] | None) -> Change:
-    """On one page, or on all where `place` is None."""
-
-    def change(scene: Scene) -> Rows | None:
-        if not scene.cached_pages:
-            return None
-        slots = slice(0, scene.cached_len) if place is None else scene.slots(place(scene.cached_pages))
-        keys = slice(max(slots.start, 1), slots.stop)
-        if keys.start >= keys.stop:
-            return None
-        return _with_descale(scene, which, keys, _stored(scene, which)[1][keys.start - 1 : keys.stop - 1])
-
-    return change
-
-
 def q_descale_dropped(scene: Scene) -> Rows:
     return replace(scene.rows, dots=scene.rows.dots / scene.q_descale)
 
@@ -118,28 +79,3 @@ def output_scale_dropped(scene: Scene) -> Outcome:
 ENCODINGS: Mapping[str, Change] = {
     f"{which.upper()}, {label}": _encoding(which, reading) for which in "kv" for label, reading in _READINGS.items()
 }
-OTHER_HEADS: Mapping[str, Change] = {f"of {which.upper()}": _other_head(which) for which in "kv"}
-OTHER_SLOTS: Mapping[str, Change] = {
-    f"of {which.upper()}, {label}": _other_slot(which, place) for which in "kv" for label, place in PLACES.items()
-}
-
-
-EVERY_OTHER_SLOT: Mapping[str, Change] = {f"of {which.upper()}": _other_slot(which, None) for which in "kv"}
-
-
-def one_head(case: Case, content: Content) -> str | None:
-    if case.descales_per == "tensor":
-        return "one descale for all heads"
-    return "one KV head" if case.num_kv_heads == 1 else None
-
-
-def one_slot(case: Case, content: Content) -> str | None:
-    return None if case.descales_per == "token" else "tokens have no descales of their own"
-
-
-def no_8_bit_query(case: Case, content: Content) -> str | None:
-    return "q has the dtype of the case" if case.q_dtype == "auto" else None
-
-
-def no_8_bit_output(case: Case, content: Content) -> str | None:
-    return "the output has the dtype of the case" if case.out_dtype == "auto" else None

@@ -16,7 +16,8 @@ from harness.case import Case
 from harness.errors import LawError
 from harness.kernel.contract import Contract
 from harness.matrix.matrix import FAULTS
-from harness.oracle.faults import FAULT_MODELS, stale_label
+from harness.oracle.descale_faults import stale_label
+from harness.oracle.faults import FAULT_MODELS
 from harness.oracle.observability import (
     MARGIN,
     Allowed,

@@ -49,7 +49,7 @@ def explain_stale(setup: Setup, contract: Contract, inputs: AttentionInputs, fin
         after = _sizes(_judged(setup, contract, filters, used))
         share = 1 - (after.get(strongest, 0.0) / before[strongest]) ** 2
         if max(after.values()) <= 1 and share >= MIN_SHARE:
-            return tell_stale(setup.problem.case, stale, filters.pages, *_factors(setup, used))
+            return tell_stale(setup.problem.case, stale, filters.pages, filters.cached_lens, *_factors(setup, used))
     return []
 
 

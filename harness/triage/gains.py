@@ -29,6 +29,7 @@ _LOOKS_LIKE = {
     gains.SPLIT_AVERAGE: {1: "splits are merged with equal weights"},
 }
 _CLOSE = 0.1  # of a whole effect: what "not read" or "twice" may be off by
+_OR_OTHERS = ", or other tokens in their place"  # where a cache has no descales that could be wrong
 
 
 def tell_gains(case: Case, found: GainFindings) -> dict[str, list[str]]:
@@ -108,15 +109,20 @@ def _cause(case: Case, best: Gain, found: GainFindings) -> str:
             return cause
     if best.kind not in (gains.K_DESCALE, gains.V_DESCALE):
         return ""
+    descale = case.kv_dtype != "auto"
     if best.slot is None:
         heads = {gain.kv_head for gain in found.gains if gain.sequence is None and gain.kind == best.kind}
         everywhere = len(heads) == case.num_kv_heads
         if best.kind == gains.K_DESCALE:
-            return "a wrong softmax scale or K descale" if everywhere else "a wrong K descale of that kv head"
-        return "a wrong V descale or output gain" if everywhere else "a wrong V descale or row sum of that kv head"
+            whole, one = ("softmax scale or K descale", "K descale") if descale else ("softmax scale", "softmax scale")
+        else:
+            whole, one = ("V descale or output gain", "V descale or row sum") if descale else ("output gain", "row sum")
+        return f"a wrong {whole}" if everywhere else f"a wrong {one} of that kv head{'' if descale else _OR_OTHERS}"
     if best.kind == gains.V_DESCALE and abs(best.estimate + 1) < _CLOSE:
         return "the values of that page are not read, or others in their place"
-    return f"a wrong {best.kind} of that page"
+    return (
+        f"a wrong {best.kind} of that page" if descale else f"a wrong gain on {best.kind[0]} of that page{_OR_OTHERS}"
+    )
 
 
 def _percent(effect: float) -> str:

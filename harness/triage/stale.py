@@ -15,14 +15,23 @@ from harness.triage.wording import compact
 Factors = Mapping[str, tuple[float, float]]  # by "K", "V": the least and the largest factor on a descale
 
 
-def tell_stale(case: Case, stale: Stale, pages: Sequence[Sequence[int]], factors: Factors, first_key: int) -> list[str]:
-    """One sentence. `pages` of each sequence, physical; `first_key` is the first packed key with another descale."""
+def tell_stale(
+    case: Case,
+    stale: Stale,
+    pages: Sequence[Sequence[int]],
+    cached_lens: Sequence[int],
+    factors: Factors,
+    first_key: int,
+) -> list[str]:
+    """One sentence. `pages` of each sequence, physical, and how many of its keys lie in them; `first_key` is the first
+    packed key with another descale.
+    """
     starts = key_start(case.rows)
     sequence = next(seq for seq in range(case.rows.num_seqs) if first_key < starts[seq + 1])
     position = first_key - starts[sequence]
     what = f"{stale.tensors} descale{'s' if ' ' in stale.tensors else ''}"
     if stale.source == NEIGHBOUR:
-        said = _neighbour(case, stale, sequence, position, pages[sequence], factors, what)
+        said = _neighbour(case, stale, sequence, position, pages[sequence], cached_lens[sequence], factors, what)
     else:
         said = f"{what}: {_everywhere(stale, factors)}"
     heads = "" if stale.heads is None else f"; of kv head{'s' * (len(stale.heads) > 1)} {compact(stale.heads)} only"
@@ -31,11 +40,18 @@ def tell_stale(case: Case, stale: Stale, pages: Sequence[Sequence[int]], factors
 
 
 def _neighbour(
-    case: Case, stale: Stale, sequence: int, position: int, pages: Sequence[int], factors: Factors, what: str
+    case: Case,
+    stale: Stale,
+    sequence: int,
+    position: int,
+    pages: Sequence[int],
+    cached_len: int,
+    factors: Factors,
+    what: str,
 ) -> str:
-    slot, seq_len = position // case.page_size, case.rows.seq_lens[sequence]
+    slot = position // case.page_size
     page, other = pages[slot], pages[slot + stale.step]
-    end = min((slot + 1) * case.page_size, seq_len)
+    end = min((slot + 1) * case.page_size, cached_len)
     which, transition = ("next", f"{page} -> {other}") if stale.step > 0 else ("previous", f"{other} -> {page}")
     part, how = "all", "instead of the page's own"
     if stale.num_keys is not None:
@@ -44,7 +60,9 @@ def _neighbour(
         part = f"{end - position} of the {edge} {2 * stale.num_keys}" if stale.gap else f"the {edge} {end - position}"
         how = f"used {'two tiles' if stale.gap else 'one tile'} {when}"
     keys = f"keys {position}-{end - 1} of sequence {sequence} ({part} of page {page})"
-    more = "" if stale.slot is not None or len(pages) == 2 else ", and likewise at every page transition,"
+    more = (
+        "" if stale.slot is not None or cached_len <= 2 * case.page_size else ", and likewise at every page transition,"
+    )
     return (
         f"{what}: {keys}{more} behave as scaled by {_sizes(factors)}, the ratio of the {what} of page {other} and page "
         f"{page}: descale of the {which} page {how} (page transition {transition})"

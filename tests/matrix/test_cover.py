@@ -107,3 +107,11 @@ def test_what_cannot_be_decided_is_an_error_and_no_guess(monkeypatch: pytest.Mon
     model = Model(dict.fromkeys(sorted(names), (0, 1)), [Constraint(names, lambda v: False)])
     with pytest.raises(CoverError, match="too entangled"):
         cover(model, 2)
+
+
+@pytest.mark.parametrize("axes", [frozenset(), frozenset({"another"})])
+@pytest.mark.parametrize("holds", [True, False])
+def test_a_constraint_on_none_of_the_axes_counts(axes: frozenset[str], holds: bool) -> None:
+    model = Model({"a": [0, 1], "b": [0, 1]}, [Constraint(axes, lambda row: holds)])
+    assert len(cover(model, 2)) == (4 if holds else 0)
+    assert (model.possible() is not None) is holds

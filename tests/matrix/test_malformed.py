@@ -34,6 +34,15 @@ expect:
 """
 
 MISTAKES = [
+    *(
+        pytest.param(
+            "page_size != 32 or kernel != 'alpha'",
+            never,
+            [f"15:5: the constraint excludes every case of tier 'smoke': {never}"],
+            id=never,
+        )
+        for never in ("1 == 2", "steps == 3")
+    ),
     pytest.param(
         "about:",
         "abuot:",

@@ -15,7 +15,8 @@ from harness.case import Case, Rows
 from harness.kernel.contract import Contract
 from harness.kernel.registry import find_kernels
 from harness.matrix import FAULTS
-from harness.oracle.faults import FAULT_MODELS, SPLIT_TILES
+from harness.oracle.excuses import SPLIT_TILES
+from harness.oracle.faults import FAULT_MODELS
 from harness.oracle.observability import CERTAIN, MARGIN, Effect, blind_to, known_tolerance, observe
 from harness.oracle.scene import Batch
 from harness.oracle.scene_sampling import MAX_ROWS, scenes
