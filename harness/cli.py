@@ -150,7 +150,8 @@ def _dispatch(options: argparse.Namespace) -> int:
     from harness.report.dispatch import render_sweeps
 
     kernels = find_kernels(options.kernels)
-    matrices = [load(path, kernel_names=kernels) for path in matrix_files(options.paths)]
+    writers = writers_of(kernels)
+    matrices = [load(path, kernel_names=kernels, writer_names=writers) for path in matrix_files(options.paths)]
     expansions = [m.expand(options.tier, supported=lambda c: kernels[c.kernel].unsupported(c)) for m in matrices]
     cases = [case for one in expansions for case in one.cases]
     unreached = [one for m in matrices for one in m.unreached if options.tier in one.tiers]

@@ -13,7 +13,7 @@ import torch
 
 from harness.cache.address import address
 from harness.cache.build import KVCache
-from harness.cache.poison import poison_bits, poisoned
+from harness.cache.poison import poison_bits
 from harness.cache.probe import storage_bits
 from harness.cache.quantise import quantise
 from harness.cache.slots import NO_SEQUENCE, PADDING, NewToken
@@ -60,9 +60,12 @@ def edge_token(problem: Problem, memory: KVCache) -> EdgeToken | None:
 
 
 def with_more(problem: Problem, new: torch.Tensor, edge: torch.Tensor | None) -> torch.Tensor:
-    """`new` [num_tokens, heads, dim] with the edge token `edge` [1, heads, dim] and PADDING rows of poison behind."""
+    """`new` [num_tokens, heads, dim] with the edge token `edge` [1, heads, dim] and PADDING rows behind.
+
+    Padding is as far below zero as its type reaches: wherever it is stored, that is neither poison nor a loud tail.
+    """
     rows = PADDING + (edge is None)
-    more = poisoned((rows, *new.shape[1:]), element_type(problem.case.dtype), new.device)
+    more = new.new_full((rows, *new.shape[1:]), -element_type(problem.case.dtype).largest)
     return torch.cat([new, more] if edge is None else [new, edge, more])
 
 

@@ -19,9 +19,9 @@ from harness.cache.edges import EdgeToken
 from harness.cache.other_rounding import other_rounding
 from harness.cache.poison import tail_bits
 from harness.cache.probe import storage_bits
-from harness.cache.quantise import bits_of
+from harness.cache.quantise import bits_of, quantise
 from harness.cache.slots import NewToken
-from harness.dtypes import element_type
+from harness.dtypes import element_type, element_type_of
 from harness.problem.boundary import cache_geometry
 from harness.problem.problem import Problem
 
@@ -157,10 +157,26 @@ class SeenSlots:
         head, dim = wrong.nonzero()[0].tolist()
         if bool((wrong == left).all()):
             return "not_stored", f"was stored in part: head {head}, dim {dim} holds what it held before"
-        how = "" if self.problem.case.kv_dtype == "auto" else other_rounding(found, right, value, own, other, stored)
+        how = ""
+        if self.problem.case.kv_dtype != "auto":
+            how = other_rounding(found, right, value, own, other, stored) or self._other_descale(found, value, own)
         told = f"head {head}, dim {dim} holds {float(found[head, dim]):g} instead of"
         what = f"{told} {float(right[head, dim]):g} (value {float(value[head, dim]):g})"
         return "wrong_value", f"{what}: {how}" if how else what
+
+    def _other_descale(self, found: torch.Tensor, value: torch.Tensor, own: torch.Tensor) -> str:
+        """Whose descale made `found` [heads, dim] of `value`, with `own` [1 or heads, 1]: words, or "" if nobody's."""
+        bits, stored = bits_of(found), element_type_of(found.dtype)
+        for head in range(len(own)):
+            if torch.equal(bits, bits_of(quantise(value, own[head], stored))):
+                return f"all heads divided by the descale of KV head {head}"
+        every, some = self.problem.descale(self.which), slice(0, 16)  # [1 or keys, 1 or heads, 1]; enough to tell
+        tried = bits_of(quantise(value[None, :, some].expand(len(every), -1, -1), every, stored))
+        key = next(iter((tried == bits[:, some]).flatten(1).all(dim=1).nonzero()[:, 0].tolist()), None)
+        if key is None or len(every) == 1:
+            return ""
+        seq = max(i for i, start in enumerate(self.problem.key_start[:-1]) if start <= key)
+        return f"divided by the descale of sequence {seq}, position {key - self.problem.key_start[seq]}"
 
     @property
     def _edge(self) -> NewToken | None:
@@ -187,7 +203,8 @@ class SeenSlots:
                 return f"{name}the token of sequence {at[0]}, position {at[1]}"
         if self.edge is not None and torch.equal(bits_of(found), bits_of(self.edge.payload(self.problem, self.which))):
             return str(self.edge.token)
-        return None
+        padding = -element_type(self.problem.case.stored_dtype).largest
+        return "the padding behind the batch" if bool((found.to(torch.float32) == padding).all()) else None
 
     def _owner(self, page: int, offset: int) -> str:
         for seq, pages in enumerate(self.memory.pages):

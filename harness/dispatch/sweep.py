@@ -32,9 +32,16 @@ class Sweep:
 
     @property
     def unreached(self) -> dict[str, str]:
-        """Branches that no case takes, for no reason, and what they are taken for."""
+        """Branches that no case takes, for no reason, and what they are taken for; none where the machine decides."""
+        if self.decided_by_machine:
+            return {}
         known = {*self.taken, *self.explained}
         return {branch: words for branch, words in self.predicate.branches.items() if branch not in known}
+
+    @property
+    def decided_by_machine(self) -> bool:
+        """Whether the platform leaves cases no choice: no sweep could reach another branch there."""
+        return any(clause.machine and clause.name in self.taken for clause in self.predicate.clauses)
 
     def add(self, case: Case) -> None:
         """Count `case`."""

@@ -71,7 +71,8 @@ def _by_name(folders: Iterable[Path]) -> dict[str, AnyContract]:
 
 
 def _contracts(folders: Iterable[Path]) -> Iterable[AnyContract]:
-    for folder in (IN_TREE, *folders):
+    given = {folder.resolve(): folder for folder in reversed((IN_TREE, *folders))}  # one that is named twice: once
+    for folder in reversed(given.values()):
         families = sorted(path.parent for path in folder.glob("*/contract.py"))
         if not families and folder != IN_TREE:  # absent where attnreg was installed without its checkout
             raise KernelNotFound(f"{folder}: no kernels here (expected {folder.name}/<family>/contract.py)")

@@ -77,7 +77,7 @@ class WriterContract:
 class WriterArguments:
     """Tensors live on one device. A writer reads these and writes only live slots of `k_cache` and `v_cache`."""
 
-    k: torch.Tensor  # [num_tokens, num_kv_heads, head_size] new tokens, and padding that holds poison
+    k: torch.Tensor  # [num_tokens, num_kv_heads, head_size] new tokens, and padding that no slot may hold
     v: torch.Tensor  # [num_tokens, num_kv_heads, head_size_v]
     slot_mapping: torch.Tensor  # [num_tokens] int64: page * page_size + offset; negative: padding, stored nowhere
     k_cache: torch.Tensor  # as in LaunchArguments

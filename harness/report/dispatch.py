@@ -17,6 +17,8 @@ def _block(sweep: Sweep, every_case: bool, width: int) -> list[Line]:
     branches = sweep.predicate.branches
     where = f" on {sweep.platform}" if sweep.platform else ""
     reached = f"{sum(branch in sweep.taken for branch in branches)} of {len(branches)} branches reached"
+    if sweep.decided_by_machine:
+        reached = "no case has a choice"
     lines = [line(f"{sweep.kernel}{where}, dispatch {sweep.predicate.name}: {reached}")]
     order = [*branches, *(branch for branch in sweep.taken if branch not in branches)]
     for branch in (branch for branch in order if branch in sweep.taken):

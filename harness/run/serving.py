@@ -98,11 +98,14 @@ def make_engine(
 
 
 def serve(engine: Engine, demand: Demand, launched: Callable[[Contract, Setup], Verdict]) -> Verdict:
-    """Run all steps, `launched` doing one; the verdict of the first that does not pass, or PASS over all of them."""
+    """Run all steps, `launched` doing one; the verdict of the first that fails or, over all of them, of the first
+    that is ELEVATED, or PASS.
+    """
     schedule = engine.schedule
     if engine.checked and (blind := unseen_by_all(engine, demand)):
         return blind
     passed: list[Verdict] = []
+    elevated: Verdict | None = None
     steps = engine.setups()
     for step, setup in steps:
         contract = engine.contract_of(setup.problem.case)
@@ -113,11 +116,13 @@ def serve(engine: Engine, demand: Demand, launched: Callable[[Contract, Setup], 
             verdict = Verdict(Outcome.TEST_BUG, f"before launch: {bug}", explanation=explain_setup_bug(bug))
             return at_step(verdict, schedule, step, setup)
         verdict = launched(contract, setup)
-        if verdict.outcome is not Outcome.PASS:
+        if verdict.outcome.is_failure:
             return at_step(verdict, schedule, step, setup)
+        if verdict.outcome is Outcome.ELEVATED and elevated is None:
+            elevated = at_step(verdict, schedule, step, setup)
         passed.append(verdict)
     return replace(
-        passed[-1],
+        elevated or passed[-1],
         ran=tuple(dict.fromkeys(name for verdict in passed for name in verdict.ran)),
         err_over_tol=_largest(passed, "err_over_tol"),
         lse_err_over_tol=_largest(passed, "lse_err_over_tol"),
@@ -175,7 +180,8 @@ def at_step(verdict: Verdict, schedule: Schedule, step: Step, setup: Setup) -> V
     """`verdict` with the step it is of, its requests, and whose the pages were that it names."""
     place = f"step {step.number} of {len(schedule.steps)}"
     told = [place, *(f"sequence {seq} is {_request(row)}" for seq, row in enumerate(step.rows))]
-    explanation: dict[str, Any] = with_row(verdict.explanation, "step", *told)
+    found = verdict.explanation or with_row(None, "reason", verdict.reason)
+    explanation: dict[str, Any] = with_row(found, "step", *told)
     stale = stale_entries(schedule, step, setup)
     named = [] if stale else [schedule.history(page, step.number) for page in _pages_named(explanation)[:MAX_TOLD]]
     if stale or named:

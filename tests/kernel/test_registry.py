@@ -130,3 +130,8 @@ def test_a_clause_outside_the_contract_is_named() -> None:
     assert clause == "prefill (rows with query_len > 1)"
     clause = decode.unsupported(Case("m", "paged_decode", rows, dtype="fp64"))
     assert clause == "dtype fp64 (admitted: bf16, fp16, fp32)"
+
+
+def test_a_folder_that_is_named_twice_is_read_once(tmp_path: Path) -> None:
+    own = family(tmp_path / "kernels")
+    assert set(find_kernels([own, own / ".." / "kernels", IN_TREE])) == {*find_kernels(), "mine"}

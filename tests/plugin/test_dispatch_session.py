@@ -122,10 +122,19 @@ def test_the_command_says_which_branch_each_case_takes_here_and_elsewhere(
     assert "chunked_prefill_paged_decode on gfx942, dispatch rocm_paged_attention: 1 of 10 branches" in said
     assert "the head size is neither 64 nor 128: paged_decode_kernel, 1 case" in said
     assert "sinks        sinks are given: never" in said
+    status, said = asked("batch_prefill", "--platform", "gfx942")
+    assert (status, "never" in said) == (0, False)  # which no sweep could change
+    assert "dispatch aiter_batch_prefill: no case has a choice" in said
+    assert "V3 is built for gfx950 only: batch_prefill_v2_kernel, 1 case" in said
+    assert asked("batch_prefill", "--platform", "gfx950")[0] == 1
     assert asked("unified_paged", "--platform", "gfx942")[0] == 2
     assert asked("unified_paged", "--platform", "gfx94") == (
         2, "--platform: no kernel chooses on 'gfx94'. Did you mean 'gfx942'?\n"
     )  # fmt: skip
+    misspelt = MATRIX.format(name="plain", splits="none", stated="").replace("{num", "{writer: nobody, num")
+    (tmp_path / "plain.yaml").write_text(misspelt)
+    assert main(["dispatch", str(tmp_path)]) == 2
+    assert "unknown writer 'nobody'" in capsys.readouterr().err
     (tmp_path / "plain.yaml").unlink()
     (tmp_path / "explained.yaml").write_text(MATRIX.format(name="plain", splits="none", stated=LEFT_OUT))
     assert main(["dispatch", str(tmp_path)]) == 0

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from harness.case import Case, Rows
 from harness.kernel.registry import find_kernels
@@ -14,6 +15,7 @@ from harness.run.observe import Demand
 from harness.run.outcome import Outcome, Verdict
 from harness.run.plant import NO_PLANT, PLANTS, Plant
 from harness.run.run_case import Options, run_case
+from harness.run.serving import make_engine, serve
 
 KERNELS = find_kernels([Path(__file__).parent / "writers"])
 SEEN = ("output_zero", "newest_token", "causal_edge", "page_swap")
@@ -123,3 +125,19 @@ def test_a_fault_that_no_step_shows_is_blind_and_so_says_the_audit() -> None:
     assert row.blind
     assert set(row.unseen) == {"newest_token", "output_zero"}
     assert not audit_case(Job(CASE, KERNELS[CASE.kernel], Demand(SEEN))).blind
+
+
+@pytest.mark.parametrize("later", [Outcome.PASS, Outcome.FAIL])
+def test_an_elevated_step_hides_no_later_one(later: Outcome) -> None:
+    engine = make_engine(replace(CASE, steps=4), KERNELS[CASE.kernel], NO_PLANT, torch.device("cpu"), checked=False)
+    outcomes = iter((Outcome.PASS, Outcome.ELEVATED, later, Outcome.PASS))
+    verdict = serve(engine, Demand(), lambda contract, setup: Verdict(next(outcomes), "said"))
+    expected = (Outcome.ELEVATED, "step 2 of 4: said") if later is Outcome.PASS else (later, "step 3 of 4: said")
+    assert (verdict.outcome, verdict.reason) == expected
+
+
+def test_a_blind_step_says_why_in_its_report() -> None:
+    verdict = run(replace(CASE, descales_per="page", descales="equal", steps=2))
+    assert verdict.outcome is Outcome.BLIND
+    assert verdict.explanation is not None
+    assert "all descales are equal" in verdict.explanation["rows"]["reason"][0]

@@ -87,6 +87,11 @@ WRONG = {  # writer: axes, and words of the reason
     "without_descale": ({}, ("token 0 (sequence 0, position 20)", "page 1, offset 4", "value without the descale")),
     "multiplied": ({}, ("value * descale, not value / descale",)),
     "descales_exchanged": ({}, ("divided by the descale of the other tensor",)),
+    "descale_of_head_0": ({"descales_per": "page"}, ("all heads divided by the descale of KV head 0",)),
+    "descale_of_page_1": (
+        {"descales_per": "page"},
+        ("divided by the descale of sequence 0, position 16",),
+    ),
     "toward_zero": ({}, ("rounded toward zero",)),
     "ties_away": ({"dtype": "fp32"}, ("values at the edges", "ties are not rounded to even")),
     "no_saturation": ({}, ("values at the edges", "not held at +-448", "holds nan instead of 448")),
@@ -94,7 +99,11 @@ WRONG = {  # writer: axes, and words of the reason
     "next_slot": ({}, ("token 0 (sequence 0, position 20)", "slot 20", "was not stored")),
     "token_skipped": ({}, ("token 0 (sequence 0, position 20)", "was not stored")),
     "slots_exchanged": ({}, ("token 0 (sequence 0, position 20)", "holds the token of sequence 0, position 21")),
-    "padding_stored": ({}, ("a stray store to page 9, offset 15 (of no sequence)",)),
+    "padding_stored": ({}, ("a stray store to page 9, offset 15 (of no sequence)", "the padding behind the batch")),
+    "padding_to_slot_0": (
+        {"tail": "loud"},
+        ("a stray store to page 0, offset 0 (the null page)", "the padding behind"),
+    ),
     "head_skipped": ({}, ("was stored in part: head 1, dim 0",)),
     "k_for_v": ({}, ("V of token 0", "holds K of the token of sequence 0, position 20")),
     "page_cleaned": ({}, ("K cache: a stray store to page 1, offset 9 (position 25 of sequence 0, behind its end)",)),
@@ -116,7 +125,9 @@ def test_a_wrong_writer_fails_and_is_told_what_it_did(writer: str) -> None:
     assert run(replace(case, writer="torch_writer")).outcome is Outcome.PASS
 
 
-@pytest.mark.parametrize("writer", ["next_slot", "token_skipped", "slots_exchanged", "padding_stored", "k_for_v"])
+@pytest.mark.parametrize("writer", [
+    "next_slot", "token_skipped", "slots_exchanged", "padding_stored", "padding_to_slot_0", "k_for_v",
+])  # fmt: skip
 @pytest.mark.parametrize("layout", ["linear_nhd", "vllm_classic"])
 def test_wrong_places_fail_in_a_cache_that_is_not_quantised_too(writer: str, layout: str) -> None:
     verdict = run(replace(CASE, kv_dtype="auto", writer=writer, layout=layout, strides="all"))
@@ -217,7 +228,7 @@ def test_behind_fences_the_same_is_found(writer: str, steps: int) -> None:
     assert verdict.outcome is expected, verdict.reason
 
 
-def test_padding_is_there_and_holds_poison() -> None:
+def test_padding_is_there_and_holds_what_no_memory_does() -> None:
     seen = []
 
     def look(args):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
@@ -230,7 +241,8 @@ def test_padding_is_there_and_holds_poison() -> None:
     assert slots[:5].tolist() == [20, 21, 22, 23, 24]
     assert slots[9:].tolist()[:1] == [-1]  # the row of a padded batch, which has no key
     assert slots[-3:].tolist() == [-1] * 3
-    assert bool(k[slots < 0].isnan().all())
+    assert bool(k[9].isnan().all())
+    assert bool((k[-3:] == -torch.finfo(k.dtype).max).all())
     assert not bool(k[slots >= 0].isnan().any())
 
 

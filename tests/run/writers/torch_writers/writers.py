@@ -60,6 +60,18 @@ def descales_exchanged(args: WriterArguments) -> None:
     store(replace(args, k_scale=args.v_scale, v_scale=args.k_scale), args.slot_mapping)
 
 
+def descale_of_head_0(args: WriterArguments) -> None:
+    assert args.kv_block_descale is not None
+    first = args.kv_block_descale[:, :1].expand_as(args.kv_block_descale)
+    store(replace(args, kv_block_descale=first), args.slot_mapping)
+
+
+def descale_of_page_1(args: WriterArguments) -> None:
+    assert args.kv_block_descale is not None
+    one = args.kv_block_descale[1:2].expand_as(args.kv_block_descale)
+    store(replace(args, kv_block_descale=one), args.slot_mapping)
+
+
 def toward_zero(args: WriterArguments) -> None:
     """e4m3 keeps 4 bits: the others are cut off."""
 
@@ -111,8 +123,11 @@ def slots_exchanged(args: WriterArguments) -> None:
 
 def padding_stored(args: WriterArguments) -> None:
     """-1 as Python counts: the last slot of the pool gets a number."""
-    k, v = (new.nan_to_num(0.5) for new in (args.k, args.v))
-    store(replace(args, k=k, v=v), args.slot_mapping % (args.k_cache.shape[0] * page_size_of(args)))
+    store(args, args.slot_mapping % (args.k_cache.shape[0] * page_size_of(args)))
+
+
+def padding_to_slot_0(args: WriterArguments) -> None:
+    store(args, args.slot_mapping.clamp(min=0))
 
 
 def head_skipped(args: WriterArguments) -> None:
