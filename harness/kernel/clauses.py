@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from harness.case import Case
-from harness.matrix.axes import AXES, Choice
+from harness.matrix.axes import AXES
+from harness.matrix.axis_types import Choice
 from harness.matrix.rows import NAME
 
 _AXIS_OF: Mapping[str, str] = {  # field of a contract -> the axis whose values it admits

@@ -11,7 +11,8 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.matrix.axes import AXES, TWIN_AXES, Number, Vocabulary
+from harness.matrix.axes import AXES, TWIN_AXES
+from harness.matrix.axis_types import Number, Vocabulary
 from harness.matrix.checking import check_tier
 from harness.matrix.conditions import read_expectations, read_rules
 from harness.matrix.dispatching import read_must_run, read_unreached

@@ -10,7 +10,8 @@ from typing import Any
 
 from yaml import Node, ScalarNode, SequenceNode
 
-from harness.matrix.axes import ALIASES, AXES, Number, Vocabulary, axis_name
+from harness.matrix.axes import ALIASES, AXES, axis_name
+from harness.matrix.axis_types import Number, Vocabulary
 from harness.matrix.expression import ExpressionError
 from harness.matrix.matrix import Values
 from harness.matrix.source import Mistake, Source, Span, items, span_of, span_within, text, unknown_keys

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 
-from harness.matrix.axes import ALIASES, AXES, TWIN_AXES, Schema, axis_name
+from harness.matrix.axes import ALIASES, AXES, TWIN_AXES, axis_name
+from harness.matrix.axis_types import Schema
 from harness.matrix.conditions import EXPECT_KEYS
 from harness.matrix.dispatching import MUST_RUN_KEYS, UNREACHED_KEYS, UNREACHED_TIERS
 from harness.matrix.expect import EXPECTABLE

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.case import Case
-from harness.matrix.axes import ALIASES, AXES, Choice, axis_name
+from harness.matrix.axes import ALIASES, AXES, axis_name
+from harness.matrix.axis_types import Choice
 from harness.matrix.expression import Expression, ExpressionError, Kind, parse_expression
 from harness.matrix.rows import ROWS_AXES
 

@@ -16,7 +16,8 @@ from harness.errors import KernelRaised
 from harness.kernel.contract import Contract
 from harness.kernel.launch import launch
 from harness.kernel.registry import Launcher, code_home
-from harness.matrix.axes import AXES, Choice
+from harness.matrix.axes import AXES
+from harness.matrix.axis_types import Choice
 from harness.problem.admission import layout_refusal, placement_refusal
 from harness.run.outcome import Outcome, Verdict
 from harness.run.setup import Setup, build_arguments, check_setup
