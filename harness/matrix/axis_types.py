@@ -123,6 +123,8 @@ class KernelName:
         word = text(node, name)
         if vocabulary.kernels is None:
             return check_name(word, span_of(node), "kernel")
+        if word in (vocabulary.writers or ()):
+            raise Mistake(span_of(node), f"{word} is a writer: name it with `writer:`, beside an attention kernel")
         return one_of(word, vocabulary.kernels, "kernel", span_of(node))
 
     def schema(self) -> Schema:

@@ -86,6 +86,13 @@ def test_what_a_matrix_may_not_ask_for_is_a_mistake_with_its_place(tmp_path: Pat
     assert words in refused(tmp_path, fixed)
 
 
+def test_a_writer_among_the_kernels_of_a_matrix_is_told_where_it_belongs(tmp_path: Path) -> None:
+    path = tmp_path / "demo.yaml"
+    path.write_text(MATRIX.format(fixed="writer: none").replace("[unified_paged]", "[cache_writer]"))
+    with pytest.raises(MatrixError, match="cache_writer is a writer: name it with `writer:`, beside an attention"):
+        load(path, kernel_names=find_kernels(), writer_names=writers_of(find_kernels()))
+
+
 def test_what_a_case_launches_includes_its_writer() -> None:
     """compute-sanitizer's findings are those of these kernels."""
     kernels, case = find_kernels(), Case("m", "unified_paged", Rows("r", (1,), (3,)))
