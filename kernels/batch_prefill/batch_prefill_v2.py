@@ -14,6 +14,7 @@ import triton.language as tl
 
 from harness.kernel.arguments import LaunchArguments
 
+from .._shared.page_table import pages_of_sequence
 from .._shared.paged_tile import (
     cache_offsets,
     key_strides,
@@ -24,8 +25,8 @@ from .._shared.paged_tile import (
     visible,
 )
 from .._shared.payload import as_loaded, payload_values
+from .._shared.query_tile import query_rows
 from .._shared.softmax_rows import initial_max_and_sum, rescale, store_rows
-from .page_table import pages_of_sequence
 
 _RUNTIME = (
     "q_ptr", "k_cache_ptr", "v_cache_ptr", "block_table_ptr", "query_start_loc_ptr", "seq_lens_ptr", "kv_indptr_ptr",
@@ -124,12 +125,7 @@ def batch_prefill_v2_kernel(
         seq, page_size,
     )  # fmt: skip
 
-    # Rows of the tile are (token, head of the group) pairs, the head running fastest.
-    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    query = row // gqa_ratio
-    present = query < query_len
-    token = (query_start + query).to(tl.int64)
-    head = kv_head * gqa_ratio + row % gqa_ratio
+    query, present, token, head = query_rows(tile, query_start, query_len, kv_head, gqa_ratio, BLOCK_M)
     context_len = seq_len - query_len
     query_pos = context_len + query
 

@@ -17,9 +17,10 @@ import triton.language as tl
 
 from harness.kernel.arguments import LaunchArguments
 
+from .._shared.page_table import pages_of_sequence
 from .._shared.paged_tile import cache_offsets, key_strides, num_heads_of, page_size_of, value_strides
+from .._shared.query_tile import query_rows
 from .._shared.softmax_rows import store_rows
-from .page_table import pages_of_sequence
 
 SHIFT = tl.constexpr(8.0)  # 2^8 is the largest power of two within e4m3fn, whose largest value is 448
 LN2 = tl.constexpr(math.log(2))
@@ -202,12 +203,7 @@ def batch_prefill_v3_kernel(
         seq, page_size,
     )  # fmt: skip
 
-    # Rows of the tile are (token, head of the group) pairs, the head running fastest.
-    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    query = row // gqa_ratio
-    present = query < query_len
-    token = (query_start + query).to(tl.int64)
-    head = kv_head * gqa_ratio + row % gqa_ratio
+    query, present, token, head = query_rows(tile, query_start, query_len, kv_head, gqa_ratio, BLOCK_M)
     context_len = seq_len - query_len
     query_pos = context_len + query
     end_key = seq_len

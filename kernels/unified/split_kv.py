@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .._shared.query_tile import query_rows
 from .._shared.softmax_rows import initial_max_and_sum, rescale, store_rows
 
 _RUNTIME = (
@@ -72,10 +73,7 @@ def split_kv_combine_kernel(
     if tile * BLOCK_M >= query_len * gqa_ratio:
         return
 
-    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    present = row // gqa_ratio < query_len
-    token = (query_start + row // gqa_ratio).to(tl.int64)
-    head = kv_head * gqa_ratio + row % gqa_ratio
+    _, present, token, head = query_rows(tile, query_start, query_len, kv_head, gqa_ratio, BLOCK_M)
     dim_v = tl.arange(0, BLOCK_DV)
 
     row_max, row_sum = initial_max_and_sum(sinks_ptr, head, present, BLOCK_M)

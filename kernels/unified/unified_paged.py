@@ -15,6 +15,7 @@ import triton.language as tl
 
 from harness.kernel.arguments import LaunchArguments
 
+from .._shared.page_table import pages_of_sequence
 from .._shared.paged_tile import (
     cache_offsets,
     key_strides,
@@ -25,6 +26,7 @@ from .._shared.paged_tile import (
     visible,
 )
 from .._shared.payload import as_loaded, descales_by_key, descales_of, payload_values
+from .._shared.query_tile import query_rows
 from .._shared.softmax_rows import initial_max_and_sum, rescale, store_rows
 from .split_kv import keys_per_split, part_offsets, split_kv_combine_kernel
 
@@ -134,23 +136,14 @@ def unified_paged_kernel(
     seq = tl.program_id(2)
     query_start = tl.load(query_start_loc_ptr + seq)
     query_len = tl.load(query_start_loc_ptr + seq + 1) - query_start
-    if kv_indptr_ptr is not None:
-        first_entry = tl.load(kv_indptr_ptr + seq)
-        whole_pages = tl.load(kv_indptr_ptr + seq + 1) - first_entry - 1
-        seq_len = tl.maximum(whole_pages * page_size + tl.load(kv_last_page_len_ptr + seq), 0)
-        table_row = kv_page_indices_ptr + first_entry
-    else:
-        seq_len = tl.load(seq_lens_ptr + seq)
-        table_row = block_table_ptr + seq * table_stride
+    table_row, seq_len = pages_of_sequence(
+        block_table_ptr, table_stride, seq_lens_ptr, kv_indptr_ptr, kv_page_indices_ptr, kv_last_page_len_ptr,
+        seq, page_size,
+    )  # fmt: skip
     if tile * BLOCK_M >= query_len * gqa_ratio:
         return
 
-    # Rows of the tile are (token, head of the group) pairs, the head running fastest.
-    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    query = row // gqa_ratio
-    present = query < query_len
-    token = (query_start + query).to(tl.int64)
-    head = kv_head * gqa_ratio + row % gqa_ratio
+    query, present, token, head = query_rows(tile, query_start, query_len, kv_head, gqa_ratio, BLOCK_M)
     context_len = seq_len - query_len
     query_pos = context_len + query
 

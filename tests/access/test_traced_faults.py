@@ -146,6 +146,7 @@ FAULTS = (
             "read from another sequence: page table entries 0..2 of sequence 0",
             "never read: K and V of positions 0..40 ",
         ),
+        "../_shared/page_table.py",
     ),
     Fault(
         "list of pages over-read by one entry",
@@ -158,19 +159,21 @@ FAULTS = (
     Fault(
         "pages of another sequence of a list",
         LISTED,
-        "kv_page_indices_ptr + first_entry",
-        "kv_page_indices_ptr + 0 * first_entry",
+        "kv_page_indices_ptr + first",
+        "kv_page_indices_ptr + 0 * first",
         (
             "read from another sequence: page table entries 0..2 of sequence 0",
             "never read: K and V of positions 0..40 ",
         ),
+        "../_shared/page_table.py",
     ),
     Fault(
         "newest token dropped of a list",
         LISTED,
-        "tl.load(kv_last_page_len_ptr + seq), 0)",
-        "tl.load(kv_last_page_len_ptr + seq) - 1, 0)",
+        "tl.load(kv_last_page_len_ptr + seq)",
+        "tl.load(kv_last_page_len_ptr + seq) - 1",
         ("never read: K and V of position 34 ",),
+        "../_shared/page_table.py",
     ),
     Fault(
         "slots of a vector all alike",

@@ -59,7 +59,7 @@ class Fault(NamedTuple):
     file: str = ""
 
 
-TABLE = "page_table.py"
+TABLE = "../_shared/page_table.py"
 SLOTS = "v_strides.page, v_strides.slot, v_strides.head, v_strides.dim, v_strides.slot_lane"
 FAULTS_OF_V2 = {
     "descale of q dropped": Fault("logit_scale * tl.load(q_descale_ptr)", "logit_scale", v2(**FP8)),

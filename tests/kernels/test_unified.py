@@ -121,12 +121,12 @@ FAULTS = {
     "page of the first key": ("table_row + key // page_size", "table_row + key * 0", Paged()),
     "slots of a vector all alike": ("v_stride_slot_lane, SLOT_VECTOR,\n", "0, SLOT_VECTOR,\n", Paged(
         layout="vectorized")),
-    "list of the first sequence": ("kv_page_indices_ptr + first_entry", "kv_page_indices_ptr", Paged(
+    "list of the first sequence": ("kv_page_indices_ptr + first", "kv_page_indices_ptr", Paged(
         page_table="kv_indices")),
-    "length without the last page": ("tl.load(kv_last_page_len_ptr + seq), 0)", "page_size, 0)", Paged(
+    "length without the last page": ("tl.load(kv_last_page_len_ptr + seq)", "page_size", Paged(
         page_table="kv_indices", causal=False)),
-    "gqa modulo": ("head = kv_head * gqa_ratio + row % gqa_ratio\n    context_len", (
-        "head = kv_head + (row % gqa_ratio) * tl.num_programs(1)\n    context_len"), Paged()),
+    "gqa modulo": ("head = kv_head * gqa_ratio + row % gqa_ratio", (
+        "head = kv_head + (row % gqa_ratio) * tl.num_programs(1)"), Paged()),
     "scale of K for V": ("tl.load(v_descale_ptr + kv_head", "tl.load(k_descale_ptr + kv_head", Paged(
         kv_dtype="fp8_e4m3")),
     "K not scaled": ("(payload_values(k, CACHE_MANTISSA) * k_scale)", "payload_values(k, CACHE_MANTISSA)", Paged(
