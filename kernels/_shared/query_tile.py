@@ -11,8 +11,8 @@ import triton.language as tl
 
 @triton.jit
 def query_rows(tile, query_start, query_len, kv_head, gqa_ratio, BLOCK_M: tl.constexpr):
-    """Of each row of tile number `tile`: the query within its sequence, whether it is present, its token (int64) and its
-    query head, [BLOCK_M] each.
+    """Of each row of tile number `tile`, [BLOCK_M] each: the query within its sequence, whether it is present, its
+    token (int64) and its query head.
     """
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     query = row // gqa_ratio
