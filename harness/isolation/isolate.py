@@ -26,8 +26,9 @@ def isolate(session: Session) -> str:
     fresh, chosen = config.getoption("--isolate"), config.getoption("--fault")
     if session.is_worker:
         if journal := vars(config)["workerinput"].get(JOURNAL):
-            file = Path(journal).open("w", encoding="utf-8")  # noqa: SIM115  the recorder closes it
-            config.pluginmanager.register(Recorder(file, limit, disposable=True, fresh=fresh))
+            own = Path(journal)
+            file = own.open("w", encoding="utf-8")
+            config.pluginmanager.register(Recorder(file, limit, disposable=True, fresh=fresh, turns=own.parent))
         return ""
     if config.getoption("--sanitize"):
         find_tool()

@@ -10,13 +10,14 @@ import faulthandler
 import importlib
 import os
 from collections.abc import Generator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import IO
 
 import pytest
 
 from harness.isolation.fault_address import note_fault_address
+from harness.isolation.turns import turn
 from harness.items import MatrixItem
 from harness.run.outcome import Outcome
 from harness.store.record import Record
@@ -29,13 +30,21 @@ class Recorder:
 
     file: real file that the last words go to. limit: seconds per case, 0 for none. disposable: whether this process is
     a worker that is replaced when it ends. fresh: whether each case is to have a process of its own. fault: where the
-    address of a fatal access is noted.
+    address of a fatal access is noted. turns: folder in which the workers of a session take turns at large cases.
     """
 
     def __init__(
-        self, file: IO[str], limit: float, *, disposable: bool, fresh: bool = False, fault: Path | None = None
+        self,
+        file: IO[str],
+        limit: float,
+        *,
+        disposable: bool,
+        fresh: bool = False,
+        fault: Path | None = None,
+        turns: Path | None = None,
     ) -> None:
         self.file, self.limit, self.disposable, self.fresh, self.fault = file, limit, disposable, fresh, fault
+        self.turns = turns
         self.session: pytest.Session | None = None
 
     def pytest_sessionstart(self, session: pytest.Session) -> None:
@@ -47,6 +56,10 @@ class Recorder:
             return (yield)
         with suppress(ImportError):  # of which the case itself has to tell
             importlib.import_module("harness.run.run_case")  # torch: importing it is not the case's time
+        with turn(item.case, self.turns) if self.turns else nullcontext():
+            return (yield from self._watched())
+
+    def _watched(self) -> Generator[None, object, object]:
         faulthandler.enable(self.file)  # pytest's own goes to stderr, which nobody can tell by case
         undo = note_fault_address(self.fault) if self.fault else None
         if self.limit:

@@ -91,6 +91,21 @@ def test_statements_are_read(tmp_path: Path) -> None:
     assert (left_out.branch, left_out.because, left_out.tiers) == ("splits", "why", ("ci", "nightly"))
 
 
+def test_other_tiers_are_asked_only_about_a_statement_that_no_case_of_this_one_meets(tmp_path: Path) -> None:
+    matrix = read(tmp_path, TEXT)
+    cases = matrix.expand("smoke", supported=lambda c: KERNELS[c.kernel].unsupported(c)).cases
+    asked: list[str] = []
+
+    def everywhere() -> tuple[Case, ...]:
+        asked.append("other tiers")  # to expand them takes seconds
+        return cases
+
+    check_statements(matrix, KERNELS, cases, everywhere)
+    assert not asked
+    check_statements(matrix, KERNELS, [case for case in cases if case.num_splits is None], everywhere)
+    assert asked == ["other tiers"]
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_statement_that_cannot_hold_is_a_mistake_with_its_place(tmp_path: Path, mistake: str) -> None:
     right, wrong, told = MISTAKES[mistake]

@@ -39,6 +39,7 @@ KERNELS = (
     _toy("hungry", "asks for more memory than there is"),
     _toy("gorging", "asks torch for more memory than there is"),
     _toy("littering", "right, but leaves something behind"),
+    _toy("unsociable", "right, but not while another process runs it"),
     _toy("wavering", "right, but in its last bit another each time"),
     _toy("stumbling", "right, but dies over what an earlier case left behind"),
     _toy("skipping", "asks to be skipped"),

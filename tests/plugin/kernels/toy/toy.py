@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,6 +105,13 @@ litter: list[int] = []  # what stumbling stumbles over: on purpose the state tha
 def littering(args: LaunchArguments) -> None:
     litter.append(1)
     honest(args)
+
+
+def unsociable(args: LaunchArguments) -> None:
+    Path("here").touch(exist_ok=False)
+    time.sleep(0.2)
+    honest(args)
+    Path("here").unlink()
 
 
 def wavering(args: LaunchArguments) -> None:
