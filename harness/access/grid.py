@@ -57,7 +57,7 @@ class Grid:
         return cls(tensor.data_ptr(), tensor.element_size(), (Axis(1, extent, 1, 0),), extent, 1)
 
     def decode(self, addresses: npt.NDArray[np.uint64]) -> tuple[Ints, Ints]:
-        """Cell, GAP between elements, and dim of each address.  addresses: [n]; both [n]"""
+        """Cell, GAP between elements and outside of the tensor, and dim of each address.  addresses: [n]; both [n]"""
         byte = addresses.astype(np.int64) - self.start
         rest = byte // self.itemsize
         inside = rest * self.itemsize == byte
@@ -65,7 +65,7 @@ class Grid:
         for axis in self.axes:
             at = rest // axis.stride
             rest -= at * axis.stride
-            inside &= at < axis.size
+            inside &= (at >= 0) & (at < axis.size)
             cell += at * axis.cell
             dim += at * axis.dim
         inside &= rest == 0

@@ -18,7 +18,7 @@ from harness.cache.descale_buffers import block_descale, tensor_scale, token_des
 from harness.cache.descale_probe import reaching_descales
 from harness.cache.layouts import by_slot
 from harness.cache.page_pool import allocate_pages
-from harness.cache.page_table import PageTable, block_table, kv_indices
+from harness.cache.page_table import PageTable, block_table, kv_indices, table_name
 from harness.cache.placement import Placed, place
 from harness.cache.poison import poison_bits, poisoned, tail_bits
 from harness.cache.pool import Pool, dense_pool
@@ -66,7 +66,7 @@ class KVCache:
 
     @property
     def pools_by_argument(self) -> dict[str, Pool]:
-        names = {"k": "k_cache", "v": "v_cache", "table": "block_table"}
+        names = {"k": "k_cache", "v": "v_cache", "table": table_name(self)}
         return {names.get(which, which): pool for which, pool in self.pools.items()}
 
     def pool(self, which: str) -> Pool:
@@ -105,10 +105,8 @@ def build_cache(
     made = {name: _fill(problem, name, payloads[name], placed, alive, live, reached, poison) for name in payloads}
     pools = {name: pool for name, (_, pool, _) in made.items() if pool is not None}
     table = _page_table(problem, placed)
-    if (reach := table_geometry(case)) and table.block_table is not None:
-        cells = entries(tuple(cached_lens), case.page_size, device)
-        far, pools["table"] = reaching_table(table.block_table, reach, cells)
-        table = PageTable(far)
+    if reach := table_geometry(case):
+        table, pools["table"] = reaching_table(table, reach, entries(case, tuple(cached_lens), device))
     decoys = made["k"][2] + made["v"][2]
     descales = {
         "kv_block_descale": block_descale(problem, placed, dead),

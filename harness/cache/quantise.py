@@ -11,7 +11,7 @@ import torch
 from harness.dtypes import ElementType
 from harness.problem.payload import payload_of
 
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def quantise(values: torch.Tensor, scale: float | torch.Tensor, stored: ElementType) -> torch.Tensor:

@@ -45,7 +45,7 @@ def verify_cache(problem: Problem, cache: KVCache, content: Content, window_page
         _verify_new_tokens(problem, cache, content, which)
     verify_descales(problem, cache, content, dead)
     if "table" in cache.pools and not shared_is_poison(cache.pools["table"]):
-        raise SetupBug("block_table", "poison in the memory that all unused addresses share", "something else")
+        raise SetupBug(table_name(cache), "poison in the memory that all unused addresses share", "something else")
 
 
 def _dead_pages(problem: Problem, cache: KVCache, content: Content, window_pages: str) -> frozenset[int]:

@@ -27,6 +27,8 @@ MAX_LOOKED_AT = 64  # wrong slots of one tensor that are told apart; all are cou
 class MemoryFindings:
     found: tuple[WriteFinding, ...] = ()
     counts: tuple[str, ...] = ()  # how many slots are wrong, in words; nothing where all is right
+    missed: frozenset[NewToken] = frozenset()  # tokens whose slots are wrong, in K or V
+    stray_slots: frozenset[int] = frozenset()  # other slots that were stored to
 
 
 def judge_memory(
@@ -37,6 +39,8 @@ def judge_memory(
     """
     found: list[WriteFinding] = []
     counts: list[str] = []
+    all_missed: set[NewToken] = set()
+    stray_slots: set[int] = set()
     for which in ("k", "v"):
         wrong, shared = wrong_elements(expected, memory, which)
         if not len(wrong) and not shared and edge is None:
@@ -44,6 +48,8 @@ def judge_memory(
         seen = SeenSlots.of(problem, memory, which, edge)
         missed, elsewhere = seen.missed(wrong, tokens)
         strays = seen.strays(elsewhere)
+        all_missed.update(missed)
+        stray_slots.update(page * memory.page_size + offset for page, offset, _ in strays)
         found += seen.moved(missed, elsewhere)
         found += _alike([seen.token(one) for one in missed[:MAX_LOOKED_AT]])
         found += _alike([seen.stray(*one) for one in strays[:MAX_LOOKED_AT]])
@@ -53,7 +59,7 @@ def judge_memory(
             counts.append(f"{which.upper()}: {len(strays)} other slots or gaps were stored to")
         if shared:
             counts.append(f"{which.upper()}: memory that all unused addresses share was stored to")
-    return MemoryFindings(_joined(found), tuple(counts))
+    return MemoryFindings(_joined(found), tuple(counts), frozenset(all_missed), frozenset(stray_slots))
 
 
 def wrong_elements(expected: KVCache, memory: KVCache, which: str) -> tuple[torch.Tensor, bool]:

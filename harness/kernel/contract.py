@@ -173,7 +173,8 @@ def required_features(case: Case) -> frozenset[str]:
         "strided_cache": case.strides != "compact"
         or (case.boundary is not None and case.boundary_target in ("k", "v", "descale")),
         "strided_inputs": case.strides == "all"
-        or (case.boundary is not None and case.boundary_target in ("out", "table")),
+        or (case.boundary is not None and case.boundary_target == "out")
+        or (case.boundary is not None and case.boundary_target == "table" and case.page_table == "block_table"),
         "strided_workspace": case.boundary is not None and case.boundary_target == "workspace",
         "queries_before_keys": any(c < 0 for c in case.rows.context_lens),
     }

@@ -124,8 +124,8 @@ def placement_refusal(case: Case) -> str | None:
 
 def serving_refusal(case: Case) -> str | None:
     """Why no writer can fill the cache of `case`, or no engine serve its rows, in one sentence; None where they can."""
-    if case.writer is not None and case.boundary is not None and case.boundary_target not in ("kv", "k", "v"):
-        return f"boundary of {case.boundary_target}: a writer stores to K and V only"
+    if case.writer is not None and case.boundary is not None and case.boundary_target not in ("kv", "k", "v", "slots"):
+        return f"boundary of {case.boundary_target}: a writer stores to K and V only, and reads slots"
     if case.writer is not None and case.pool == "aliased":
         return "pool aliased: what a writer stores to is compared whole, and dense"
     if case.writer is not None and case.placement.repeats:

@@ -12,7 +12,8 @@ again and lies inside the pool.
     carry                    where base + offset carries into the upper 32 bits, in a pool that may be small
 
 Where the target is the output or the page table, its last token or row takes the place of the suspect pages, and the
-distance of tokens or rows that of pages.
+distance of tokens or rows that of pages. A list, kv_page_indices or a slot mapping, has nothing that could lie far
+apart: of its boundaries there is the carry, amid the entries that are read.
 """
 
 from __future__ import annotations
@@ -25,14 +26,15 @@ from harness.case import Case
 from harness.dtypes import element_type
 
 BOUNDARIES = ("bytes31", "bytes32", "elements31", "elements32", "page15", "page16", "page23", "page24", "carry")
-TARGETS = ("kv", "k", "v", "descale", "out", "table", "workspace")
-_IN_ROWS = ("out", "table", "workspace")  # targets whose rows lie at the boundary, not pages
+TARGETS = ("kv", "k", "v", "descale", "out", "table", "workspace", "slots")
+_IN_ROWS = ("out", "table", "workspace", "slots")  # targets whose rows lie at the boundary, not pages
 POSITIONS = ("straddling", "below", "above", "far")
 _SUSPECT = 13  # number of the page at the boundary, where the page stride is free to put it there
 _OTHERS = (5, 6, 7, 8, 9, 10)  # page ids of the pages that are no suspects: off page 0 to 3, where wrapped offsets lie
 _SPARE = 3
 _INDEX_SIZE = 4  # bytes of an entry of the page table
 _DESCALE_SIZE = 4  # bytes of a descale
+_SLOT_SIZE = 8  # bytes of an entry of a slot mapping
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,9 @@ def cache_geometry(case: Case) -> Geometry | None:
 
 @dataclass(frozen=True)
 class RowGeometry:
-    """Rows of the output or of the page table: the last one lies at the boundary, or at more than twice it."""
+    """Rows of the output or of the page table: the last one lies at the boundary, or at more than twice it. Of a list
+    every entry is a row.
+    """
 
     stride: int  # elements from row to row
     low_bits: int  # the low 32 bits that the address of the first must have
@@ -123,7 +127,17 @@ def table_geometry(case: Case) -> RowGeometry | None:
     """Where the rows of the page table lie; None where its addresses reach no boundary."""
     if case.boundary is None or case.boundary_target != "table":
         return None
+    if case.page_table == "kv_indices":
+        pages = [_pages_of(case, seq) for seq in range(case.rows.num_seqs)]
+        return _list(sum(pages) - max(pages[-1] // 2, 1), _INDEX_SIZE)
     return _rows(case, case.rows.num_seqs - 1, _pages_of(case, -1), _INDEX_SIZE)
+
+
+def slots_geometry(case: Case) -> RowGeometry | None:
+    """Where the entries of the slot mapping lie; None where its addresses reach no boundary."""
+    if case.boundary is None or case.boundary_target != "slots":
+        return None
+    return _list(_with_slots(case)[-1], _SLOT_SIZE)
 
 
 def workspace_geometry(case: Case) -> Callable[[int, int, int], RowGeometry] | None:
@@ -151,15 +165,43 @@ def _rows(case: Case, last: int, row: int, size: int) -> RowGeometry:
     return RowGeometry(start // last // step * step, 0)
 
 
+def _list(first: int, size: int) -> RowGeometry:
+    """A list of entries of `size` bytes, of which number `first` is the first whose address carries."""
+    return RowGeometry(1, (1 << 32) - first * size)
+
+
+def _with_slots(case: Case) -> list[int]:
+    """The new tokens that a writer stores."""
+    found, token = [], 0
+    for query_len, context_len in zip(case.rows.query_lens, case.rows.context_lens, strict=True):
+        found += [token + i for i in range(query_len) if context_len + i >= 0]
+        token += query_len
+    return found
+
+
+def _list_refusal(case: Case, count: int) -> str | None:
+    """The same as boundary_refusal, for a list of `count` entries that are read."""
+    name = f"boundary {case.boundary} of {case.boundary_target}"
+    if case.boundary != "carry":
+        return f"{name}: entries of a list cannot lie far apart: its only boundary is the carry"
+    if case.boundary_position != "straddling" or count < 2:
+        return f"{name}: a carry lies between two entries of a list that are read: the position is straddling"
+    return None
+
+
 def _rows_refusal(case: Case) -> str | None:
-    """The same as boundary_refusal, for the output and the page table."""
+    """The same as boundary_refusal, for the output, the page table, workspaces and the slot mapping."""
+    if case.boundary_target == "slots":
+        if case.writer is None:
+            return f"boundary {case.boundary} of slots: only a writer has a slot mapping"
+        return _list_refusal(case, len(_with_slots(case)))
+    if case.boundary_target == "table" and case.page_table == "kv_indices":
+        return _list_refusal(case, sum(_pages_of(case, seq) for seq in range(case.rows.num_seqs)))
     name = f"boundary {case.boundary} of {case.boundary_target}"
     counts = {"out": case.rows.num_tokens, "table": case.rows.num_seqs}
     count = counts.get(case.boundary_target, 2)  # a workspace: as many as the kernel takes
     if (case.boundary or "").startswith("page"):
         return f"{name}: only K and V have page ids"
-    if case.boundary_target == "table" and case.page_table != "block_table":
-        return f"{name}: only a block_table has rows that can lie far apart"
     if case.out_dtype != "auto" and case.boundary_target == "out":
         return f"{name}: its output has the dtype of the case: leave out_dtype at auto"
     if count < 2 or case.strides != "compact":

@@ -21,7 +21,7 @@ from harness.cache.positions import key_positions
 from harness.cache.probe import Live, Reach, storage_bits
 from harness.cache.quantise import bits_of
 from harness.cache.row_probe import Cells
-from harness.cache.table_probe import addressing, entries
+from harness.cache.table_probe import addressing, entries, page_ids_of
 from harness.kernel.contract import Contract
 from harness.kernel.launch import handed_out
 from harness.kernel.reaching import ReachingOutput
@@ -44,6 +44,7 @@ _TARGETS = {
     "table": ("the page table",),
     "out": (),
     "workspace": (),
+    "slots": (),
 }
 _PAIRS = (("K", "V"), _DESCALES)  # of which one fault may spoil both
 
@@ -68,6 +69,8 @@ def memory_of(setup: Setup) -> dict[str, Any]:
     """
     pools = [setup.cache.pool(which) for which in ("k", "v")]
     pools += [pool for name, pool in setup.cache.pools.items() if name not in ("k", "v")]
+    if setup.writing is not None and setup.writing.probe is not None:
+        pools.append(setup.writing.probe.pool)
     written = (*setup.outputs, *handed_out(setup.args))
     pools += [output.pool for output in written if isinstance(output, ReachingOutput)]
     aliased = any(pool.kind == "aliased" for pool in pools)
@@ -164,7 +167,7 @@ def _misreads(setup: Setup) -> Iterator[Misread]:
                 descales = DescaleCells.of(problem, name, cache.pages, live)
                 yield from _of_descales(problem, tensor, descale_addressing(at), descales, fault)
     if reach := table_geometry(problem.case):
-        cells = entries(cache.cached_lens, problem.case.page_size, problem.q.device)
+        cells = entries(problem.case, cache.cached_lens, problem.q.device)
         for fault in FAULTS:
             yield from _of_table(setup, addressing(reach), cells, live, fault)
 
@@ -220,17 +223,16 @@ def _of_descales(
 
 
 def _of_table(setup: Setup, at: Addressing, cells: Cells, live: Live, fault: AddressFault) -> Iterator[Misread]:
-    cache, layout, table = setup.cache, setup.problem.case.layout, setup.cache.block_table
-    assert table is not None  # the only form that such a probe has
+    cache, layout, table = setup.cache, setup.problem.case.layout, page_ids_of(setup.cache)
     right, moved = cells.right(at), cells.moved(at, fault)  # [n, 1]
     wrong = (right != moved).nonzero()[:, 0]
     ids = storage_bits(table)[moved + table.storage_offset()][:, 0].to(torch.int64)
     if not len(wrong) or not bool(((ids >= 0) & (ids < cache.num_pages)).all()):
         return
-    entry_of = torch.zeros_like(table, dtype=torch.int64)  # [num_seqs, width] number of the entry
-    entry_of[cells.row[:, 0], cells.inner[:, 0]] = torch.arange(len(ids), device=ids.device)
     keys = key_positions(setup.problem.case.rows, ids.device)
-    page = ids[entry_of[keys.seq[live.key], keys.pos[live.key] // cache.page_size]]
+    pages = torch.tensor([-(-n // cache.page_size) for n in cache.cached_lens], device=ids.device)
+    first_entry = pages.cumsum(0) - pages  # [num_seqs] by number, as entries() has them
+    page = ids[first_entry[keys.seq[live.key]] + keys.pos[live.key] // cache.page_size]
     found = {}
     for which, tensor, payload in (("k", cache.k, cache.key_payload), ("v", cache.v, cache.value_payload)):
         where = address(tensor, layout, which, *payload.shape[1:])
@@ -240,7 +242,7 @@ def _of_table(setup: Setup, at: Addressing, cells: Cells, live: Live, fault: Add
         target="the page table",
         fault=fault,
         found=found,
-        item=f"row {int(cells.row[first])} of the page table",
+        item=f"{'entry' if setup.cache.block_table is None else 'row'} {int(cells.row[first])} of the page table",
         right=int(right[first]),
         read=int(moved[first]),
     )

@@ -20,7 +20,7 @@ def untraceable(case: Case, device: torch.device, *, asked: bool) -> str | None:
         return "not traced: turned off"
     if device.type != "cpu":
         return "not traced: the kernel was compiled"
-    if case.boundary is not None and case.boundary_target == "table":
+    if case.boundary is not None and case.boundary_target == "table" and case.page_table == "block_table":
         return "not traced: rows of the page table lie too far apart to judge it entry by entry"
     return None
 

@@ -69,6 +69,7 @@ def through_writer(setup: Setup, *, program_order_seed: int, buffer_map: Path | 
             writing.args,
             tuple(CacheOutput(name, cache, cache, poison, pools.get(name)) for name, cache in caches.items()),
             program_order_seed=program_order_seed,
+            pools={} if writing.probe is None else {"slot_mapping": writing.probe.pool},
         )
     except KernelRaised as error:
         return _failed(setup, explain_raised(error, code_home(writing.contract)))
@@ -77,7 +78,8 @@ def through_writer(setup: Setup, *, program_order_seed: int, buffer_map: Path | 
         writing.edge.wipe(setup.problem, writing.memory)
     if not result.violations and not memory.counts:
         return setup.on_written_memory(result.ran)
-    return _failed(setup, explain_writing(result.violations, memory.counts, memory.found), result.ran)
+    addresses = [] if writing.probe is None else writing.probe.tell(memory.missed, memory.stray_slots)
+    return _failed(setup, explain_writing(result.violations, memory.counts, memory.found, addresses), result.ran)
 
 
 def _failed(setup: Setup, explanation: dict[str, Any], ran: tuple[str, ...] = ()) -> Verdict:
@@ -85,10 +87,15 @@ def _failed(setup: Setup, explanation: dict[str, Any], ran: tuple[str, ...] = ()
     return Verdict(Outcome.FAIL, reason, ran=ran, explanation={**explanation, "summary": reason})
 
 
-def explain_writing(violations: Sequence[str], counts: Sequence[str], found: Sequence[WriteFinding]) -> dict[str, Any]:
-    """Explanation of what a writer did wrong; in full as numbers under `writes`."""
-    rows = {"violates": list(violations), "wrong": list(counts), "slots": [str(one) for one in found[:MAX_TOLD]]}
-    first = [*rows["slots"][:1], *violations][:2]
+def explain_writing(
+    violations: Sequence[str], counts: Sequence[str], found: Sequence[WriteFinding], addresses: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Explanation of what a writer did wrong; in full as numbers under `writes`. addresses: wrong ones that explain it
+    all.
+    """
+    slots = [str(one) for one in found[:MAX_TOLD]]
+    rows = {"address": list(addresses), "violates": list(violations), "wrong": list(counts), "slots": slots}
+    first = [*(addresses or slots)[:1], *violations][:2]
     shape = {f"{one.kind} {' '.join(one.which)}" for one in found} | {without_numbers(said) for said in violations}
     return plain_dict(
         {

@@ -140,8 +140,8 @@ def with_room(cache: KVCache, contract: Contract, name: str) -> torch.Tensor:
     name an unused page.
     """
     table: torch.Tensor = getattr(cache, name)
-    if not (entries := contract.over_read(name)):
-        return table
+    if not (entries := contract.over_read(name)) or name in cache.pools_by_argument:
+        return table  # in a pool there is memory behind it
     used = {page for pages in cache.pages for page in pages}
     dead = next(page for page in reversed(range(cache.num_pages)) if page not in used)
     storage = table.new_full((table.numel() + entries,), dead)

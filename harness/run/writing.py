@@ -13,6 +13,7 @@ import torch
 from harness.cache.build import KVCache, build_cache
 from harness.cache.content import Content
 from harness.cache.edges import EdgeToken, edge_token, with_more
+from harness.cache.slot_probe import SlotProbe, reaching_slots
 from harness.cache.slots import NewToken, new_tokens, slot_mapping
 from harness.cache.verify import verify_cache
 from harness.errors import SetupBug
@@ -21,6 +22,7 @@ from harness.kernel.contract import Contract
 from harness.kernel.fences import NO_FENCES, Fences, fence_writer
 from harness.kernel.guarded import same_bits, strided_copy
 from harness.kernel.writer import WriterArguments, WriterContract
+from harness.problem.boundary import slots_geometry
 from harness.problem.problem import Problem
 from harness.run.plant import Plant
 
@@ -36,6 +38,7 @@ class Writing:
     tokens: tuple[NewToken, ...]  # those that have a slot
     edge: EdgeToken | None  # one of them
     fenced: frozenset[str]  # buffers with nothing mapped around them
+    probe: SlotProbe | None = None  # of its slot mapping
 
     def on_memory(self, k: torch.Tensor, v: torch.Tensor) -> Writing:
         """The same on other memory (see harness.cache.layouts for the shapes), which holds the same."""
@@ -62,10 +65,14 @@ def build_writing(
     tokens = new_tokens(case.rows, memory.pages, case.page_size) + (() if edge is None else (edge.token,))
     k, v = handed_tokens(problem, memory, edge)
     views = strided_copy if case.strides == "all" else lambda tensor: tensor
+    slots, probe = slot_mapping(case.rows, tokens, problem.q.device), None
+    if reach := slots_geometry(case):
+        probe = reaching_slots(slots, reach, tokens, case.page_size)
+        slots = probe.slots
     args = WriterArguments(
         k=views(k),
         v=views(v),
-        slot_mapping=slot_mapping(case.rows, tokens, problem.q.device),
+        slot_mapping=slots,
         k_cache=memory.k,
         v_cache=memory.v,
         layout=case.layout,
@@ -76,9 +83,10 @@ def build_writing(
         k_token_descale=full.k_token_descale,
         v_token_descale=full.v_token_descale,
     )
-    args, fenced = fence_writer(fences, args, fixed=memory.pools_by_argument, room=contract.room)
+    fixed = {*memory.pools_by_argument, *(() if probe is None else ("slot_mapping",))}
+    args, fenced = fence_writer(fences, args, fixed=fixed, room=contract.room)
     memory = replace(memory, k=args.k_cache, v=args.v_cache)
-    return Writing(writer, problem, memory, plant.writer_arguments(args), tokens, edge, fenced)
+    return Writing(writer, problem, memory, plant.writer_arguments(args), tokens, edge, fenced, probe)
 
 
 def handed_tokens(problem: Problem, memory: KVCache, edge: EdgeToken | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -26,7 +26,7 @@ _KINDS = {
     "other_sequence": ("read from another sequence", ""),
     "not_handed_over": ("read, though not handed over", ""),
     "unused_page": ("read from an unused page", ""),
-    "gap": ("read between elements", ""),
+    "gap": ("read where no element lies", ""),
     "never_stored": ("never stored", ""),
 }
 

@@ -34,7 +34,7 @@ def fill_kernel(out, value):
 
 
 def snapshot() -> list[dict[str, object]]:
-    # The builder keeps the grid of the last launch: state of a launch, not a patch. Python makes annotations when asked.
+    # The builder keeps the grid of the last launch, which is no patch; Python makes annotations when asked for them.
     return [{k: v for k, v in vars(o).items() if not k.startswith(("grid_", "__annotations__"))} for o in OWNERS]
 
 

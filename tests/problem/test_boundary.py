@@ -136,9 +136,19 @@ def test_the_last_row_of_the_output_and_of_the_table_lies_where_it_should(bounda
         ),
         (
             {"boundary": "bytes31", "boundary_target": "table", "page_table": "kv_indices"},
-            "only a block_table has rows",
+            "its only boundary is the carry",
         ),
         ({"boundary": "carry", "boundary_target": "table"}, "a carry lies in the last row of output or workspace"),
+        (
+            {"boundary": "carry", "boundary_target": "table", "page_table": "kv_indices", "boundary_position": "far"},
+            "between two entries of a list that are read",
+        ),
+        ({"boundary": "carry", "boundary_target": "slots"}, "only a writer has a slot mapping"),
+        ({"boundary": "bytes31", "boundary_target": "slots", "writer": "w"}, "its only boundary is the carry"),
+        (
+            {"boundary": "carry", "boundary_target": "slots", "writer": "w", "rows": Rows("r", (1,), (40,))},
+            "between two entries of a list that are read",
+        ),
         ({"boundary": "bytes31", "boundary_target": "out", "rows": Rows("r", (1,), (3,))}, "it needs two rows"),
         (
             {"boundary": "bytes31", "boundary_target": "table", "rows": Rows("r", (1, 1), (3, 3))},

@@ -152,6 +152,19 @@ TABLE_READS = {
         ),
     ),
 }
+CARRY = "the low 32 bits of base + offset carry, and the carry is lost"
+TABLE_READS["carry, of a list"] = Fault(
+    "table_row + key // page_size",
+    "table_row + key // page_size - "
+    "(((table_row.to(tl.int64) & 0xFFFFFFFF) + (key // page_size).to(tl.int64) * 4) >> 32) * (1 << 30)",
+    replace(
+        probe(
+            "unified_paged", "carry", boundary_target="table", boundary_position="straddling", page_table="kv_indices"
+        ),
+        rows=FULL_PAGES,
+    ),
+    ("entry 7 of the page table at element 7 was read at element -1,073,741,817", CARRY),
+)
 STORES = {
     "signed": Fault(
         "(token * out_stride_token + head",

@@ -202,6 +202,7 @@ PROBE = replace(
         {},
         {"boundary": "bytes32", "boundary_target": "v", "boundary_position": "straddling"},
         {"boundary": "carry", "layout": "vllm_classic", "boundary_position": "straddling"},
+        {"boundary": "carry", "boundary_target": "slots", "boundary_position": "straddling"},
         {"boundary": "page16", "boundary_target": "kv", "page_size": 8, "head_size": 16, "kv_dtype": "fp8_e4m3"},
     ],
 )
@@ -216,6 +217,20 @@ def test_a_store_to_a_wrapped_address_is_told_by_its_fault() -> None:
     assert "was stored at element -" in verdict.reason
     assert "(2^32 x -1): a signed 32-bit offset in elements wraps" in verdict.reason
     assert run(replace(PROBE, writer="offsets_of_32_bits", boundary=None)).outcome is Outcome.PASS
+
+
+def test_a_slot_that_is_read_at_a_wrong_address_is_told_by_its_fault() -> None:
+    probe = replace(PROBE, boundary="carry", boundary_target="slots", boundary_position="straddling")
+    verdict = run(replace(probe, writer="carry_lost"))
+    assert verdict.outcome is Outcome.FAIL, verdict.reason
+    assert verdict.reason == (
+        "writer carry_lost: slot of token 3 (sequence 1, position 14) at element 3 was read at element -536,870,909 "
+        "(-536,870,912): the low 32 bits of base + offset carry, and the carry is lost"
+    )
+    assert run(replace(PROBE, writer="carry_lost", boundary=None)).outcome is Outcome.PASS
+    skipping = run(replace(probe, writer="token_skipped"))  # another fault is not taken for that of an address
+    assert skipping.outcome is Outcome.FAIL
+    assert "was read at" not in skipping.reason
 
 
 @pytest.mark.parametrize("steps", [1, 6])

@@ -174,3 +174,10 @@ def offsets_of_32_bits(args: WriterArguments) -> None:
         offset = (slot // size * page_stride + slot % size * slot_stride)[:, None, None] + inner.to(slot.device)
         memory = storage_bits(cache)
         memory[offset.to(torch.int32).long() + int(cache.storage_offset())] = bits_of(new)[token]
+
+
+def carry_lost(args: WriterArguments) -> None:
+    """Of the address of an entry of slot_mapping only the low 32 bits are added up."""
+    number = torch.arange(len(args.slot_mapping), device=args.slot_mapping.device)
+    carried = (args.slot_mapping.data_ptr() % 2**32 + 8 * number) // 2**32
+    store(args, storage_bits(args.slot_mapping)[number - carried * 2**29 + int(args.slot_mapping.storage_offset())])
