@@ -41,7 +41,7 @@ LAYOUT_AXES = frozenset({"layout", "page_size", "head_size", "dtype", "kv_dtype"
 PLACEMENT_AXES = ROWS_AXES | {"placement", "num_pages", "steps"}
 BOUNDARY_AXES = ROWS_AXES | {
     "boundary", "boundary_target", "boundary_position", "placement", "num_pages", "strides", "dtype", "kv_dtype",
-    "descales_per", "out_dtype", "num_q_heads", "gqa_ratio", "head_size", "head_size_v", "page_table",
+    "descales_per", "out_dtype", "num_q_heads", "gqa_ratio", "head_size", "head_size_v", "page_table", "writer",
 }  # fmt: skip
 SERVING_AXES = ROWS_AXES | {
     "writer", "steps", "boundary", "boundary_target", "causal", "placement", "data", "num_pages", "pool",
@@ -215,7 +215,9 @@ def constraints(name: str, rules: Iterable[Rule], values: Values) -> list[Constr
         Constraint(PLACEMENT_AXES & values.keys(), _admits(name, placement_refusal), "the placement is possible"),
     ]
     if "boundary" in values:
-        implied.append(Constraint(BOUNDARY_AXES, _admits(name, boundary_refusal), "the boundary can be probed"))
+        implied.append(
+            Constraint(BOUNDARY_AXES & values.keys(), _admits(name, boundary_refusal), "the boundary can be probed")
+        )
     if "writer" in values or "steps" in values:
         implied.append(
             Constraint(SERVING_AXES & values.keys(), _admits(name, serving_refusal), "the cache can be written")
