@@ -13,21 +13,18 @@ from itertools import combinations, product
 from typing import Any
 
 from harness.case import Case
-from harness.matrix.cover import Constraint, CoverError, Model
-from harness.matrix.expand import (
+from harness.matrix.constraints import (
     BOUNDARY_AXES,
     DESCALE_AXES,
     LAW_AXES,
     LAYOUT_AXES,
     PLACEMENT_AXES,
     SERVING_AXES,
-    TUPLES,
     assemble,
     constraints,
-    entry_values,
-    spell,
-    tier_values,
 )
+from harness.matrix.cover import Constraint, CoverError, Model
+from harness.matrix.expand import TUPLES, entry_values, spell, tier_values
 from harness.matrix.matrix import Matrix, Tier, Values
 from harness.matrix.rows import ROWS_AXES
 from harness.matrix.source import Mistake, Span

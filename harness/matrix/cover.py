@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations, product
 from typing import Any
 
@@ -17,6 +17,7 @@ from harness.errors import AttnregError
 
 Row = tuple[int, ...]
 Tuple = tuple[tuple[int, int], ...]  # (axis, value) pairs, by axis
+Key = tuple[int | None, ...]  # values of the axes of a constraint
 _QUICK = 400  # steps of the first, randomly ordered attempt
 _LIMIT = 1_000_000  # steps of the complete search
 
@@ -48,6 +49,17 @@ class Report:
         return self.covered + len(self.missing)
 
 
+@dataclass(frozen=True)
+class _Watched:
+    """A constraint over the axes of `scope`, and what is known of it by their values in a row."""
+
+    scope: tuple[int, ...]
+    mask: int  # of the bits of its axes
+    holds: Callable[[Sequence[int | None]], bool]
+    known: dict[Key, bool] = field(default_factory=dict)
+    barred: dict[Key, tuple[int, ...]] = field(default_factory=dict)  # by keys with one None: values that break it
+
+
 class Model:
     """Axes with their values and the constraints among them."""
 
@@ -55,18 +67,22 @@ class Model:
         self.names = tuple(axes)
         self.values = tuple(tuple(axes[name]) for name in self.names)
         self.free = tuple(i for i, values in enumerate(self.values) if len(values) > 1)
-        index = {name: i for i, name in enumerate(self.names)}
-        self._watching: list[list[int]] = [[] for _ in self.names]
-        self._constraints: list[tuple[tuple[int, ...], Constraint, dict[tuple[int | None, ...], bool]]] = []
+        self._watching: list[list[_Watched]] = [[] for _ in self.names]
         for constraint in constraints:
-            scope = tuple(sorted(index[name] for name in constraint.axes if name in index))
+            scope = tuple(i for i, name in enumerate(self.names) if name in constraint.axes)
             if not scope and self.names:
                 scope = (0,)  # it holds for every row or for none: any axis tells
+            watched = _Watched(scope, _mask(scope), self._on_rows(constraint, scope))
             for axis in scope:
-                self._watching[axis].append(len(self._constraints))
-            self._constraints.append((scope, constraint, {}))
-        narrow = [sum(len(self._constraints[c][0]) < len(self.names) for c in w) for w in self._watching]
+                self._watching[axis].append(watched)
+        narrow = [sum(len(w.scope) < len(self.names) for w in watching) for watching in self._watching]
         self._entangled_first = sorted(range(len(self.names)), key=lambda axis: -narrow[axis])
+
+    def _on_rows(self, constraint: Constraint, scope: tuple[int, ...]) -> Callable[[Sequence[int | None]], bool]:
+        named = [(axis, self.names[axis], self.values[axis]) for axis in scope]
+        return lambda row: constraint.holds(
+            {name: values[value] for axis, name, values in named if (value := row[axis]) is not None}
+        )
 
     def strength(self, t: int) -> int:
         """t, or fewer where fewer axes vary."""
@@ -83,36 +99,38 @@ class Model:
 
     def allows(self, row: Sequence[int | None], axes: Iterable[int]) -> bool:
         """Whether every constraint on one of `axes` whose axes are all assigned in `row` holds."""
-        numbers = {c for axis in axes for c in self._watching[axis]}
-        return all(self._holds(number, row) for number in numbers if None not in self._key(number, row))
+        for watched in {id(w): w for axis in axes for w in self._watching[axis]}.values():
+            key = tuple([row[axis] for axis in watched.scope])
+            if None not in key:
+                if key not in watched.known:
+                    watched.known[key] = watched.holds(row)
+                if not watched.known[key]:
+                    return False
+        return True
 
-    def excluded(
-        self, row: list[int | None], axes: Iterable[int], left: Sequence[set[int]]
-    ) -> Iterator[tuple[int, int]]:
-        """(axis, value) pairs out of `left`, the values of each axis, that constraints on one of `axes` rule out: those
-        with a single axis that `row` does not assign.
+    def excluded(self, row: list[int | None], axes: Iterable[int], unassigned: int) -> Iterator[tuple[int, int]]:
+        """(axis, value) pairs that constraints on one of `axes` rule out: those with a single axis among the bits of
+        `unassigned`, the axes that `row` does not assign. A pair may come twice.
         """
-        for number in {c for axis in axes for c in self._watching[axis]}:
-            key = self._key(number, row)
-            if key.count(None) == 1:
-                axis = self._constraints[number][0][key.index(None)]
-                for value in [*left[axis]]:
-                    row[axis] = value
-                    if not self._holds(number, row):
-                        yield axis, value
-                row[axis] = None
+        for axis in axes:
+            for watched in self._watching[axis]:
+                gap = watched.mask & unassigned
+                if gap and not gap & (gap - 1):
+                    key = tuple([row[a] for a in watched.scope])
+                    last = gap.bit_length() - 1
+                    if (barred := watched.barred.get(key)) is None:
+                        barred = watched.barred[key] = self._barred(watched, row, last)
+                    for value in barred:
+                        yield last, value
 
-    def _key(self, number: int, row: Sequence[int | None]) -> tuple[int | None, ...]:
-        return tuple([row[axis] for axis in self._constraints[number][0]])
-
-    def _holds(self, number: int, row: Sequence[int | None]) -> bool:
-        """Of a constraint whose axes are all assigned."""
-        scope, constraint, known = self._constraints[number]
-        key = tuple([row[axis] for axis in scope])
-        if key not in known:
-            chosen = {self.names[axis]: self.values[axis][value] for axis in scope if (value := row[axis]) is not None}
-            known[key] = constraint.holds(chosen)
-        return known[key]
+    def _barred(self, watched: _Watched, row: list[int | None], last: int) -> tuple[int, ...]:
+        found = []
+        for value in range(len(self.values[last])):
+            row[last] = value
+            if not watched.holds(row):
+                found.append(value)
+        row[last] = None
+        return tuple(found)
 
     def possible(self, fixed: Tuple = ()) -> Row | None:
         """Some full row that contains `fixed`, or None: proof that there is none."""
@@ -147,17 +165,18 @@ class _Search:
         for axis, value in fixed:
             row[axis] = value
         left = [set(range(len(values))) for values in self.model.values]
-        axes = [axis for axis, _ in fixed]
-        if not self.model.allows(row, axes) or self._narrow(row, range(len(row)), left) is None:
-            return None
         rest = [axis for axis in self.order if row[axis] is None]
-        return tuple(v for v in row if v is not None) if self._extend(row, rest, left) else None
+        axes, unassigned = [axis for axis, _ in fixed], _mask(rest)
+        if not self.model.allows(row, axes) or self._narrow(row, range(len(row)), unassigned, left) is None:
+            return None
+        return tuple(v for v in row if v is not None) if self._extend(row, rest, unassigned, left) else None
 
-    def _extend(self, row: list[int | None], rest: list[int], left: list[set[int]]) -> bool:
+    def _extend(self, row: list[int | None], rest: list[int], unassigned: int, left: list[set[int]]) -> bool:
         if not rest:
             return True
         axis = next((axis for axis in rest if len(left[axis]) == 1), rest[0])
         others = [other for other in rest if other != axis]
+        unassigned &= ~(1 << axis)
         for value in self.gain(axis, row) if self.gain and len(left[axis]) > 1 else sorted(left[axis]):
             if value not in left[axis]:
                 continue
@@ -165,27 +184,29 @@ class _Search:
             if self.steps < 0:
                 raise CoverError("the constraints are too entangled to tell which combinations are possible")
             row[axis] = value
-            if (removed := self._narrow(row, (axis,), left)) is not None:
-                if self._extend(row, others, left):
+            if (removed := self._narrow(row, (axis,), unassigned, left)) is not None:
+                if self._extend(row, others, unassigned, left):
                     return True
                 for other, gone in removed:
                     left[other].add(gone)
         row[axis] = None
         return False
 
-    def _narrow(self, row: list[int | None], axes: Iterable[int], left: list[set[int]]) -> list[tuple[int, int]] | None:
+    def _narrow(
+        self, row: list[int | None], axes: Iterable[int], unassigned: int, left: list[set[int]]
+    ) -> list[tuple[int, int]] | None:
         """Take from `left` what `row` excludes by constraints on `axes`: what was taken; None, and nothing taken, where
         that is all of some axis.
         """
         removed: list[tuple[int, int]] = []
-        for axis, value in self.model.excluded(row, axes, left):
-            left[axis].discard(value)
-            removed.append((axis, value))
-            if not left[axis]:
-                row[axis] = None
-                for other, gone in removed:
-                    left[other].add(gone)
-                return None
+        for axis, value in self.model.excluded(row, axes, unassigned):
+            if value in left[axis]:
+                left[axis].discard(value)
+                removed.append((axis, value))
+                if not left[axis]:
+                    for other, gone in removed:
+                        left[other].add(gone)
+                    return None
         return removed
 
 
@@ -201,23 +222,27 @@ def cover(model: Model, t: int, seed: int = 0, candidates: int = 4) -> list[Row]
         return [] if only is None else [only]
     bits = _literals(model)
     todo = {sum(bits[axis][value] for axis, value in pairs): pairs for pairs in model.tuples(t)}
+    wanted: dict[int, int] = {}  # part of a tuple to do -> the bits that complete it
+    for mask in todo:
+        for bit in _bits(mask):
+            wanted[mask ^ bit] = wanted.get(mask ^ bit, 0) | bit
     rows: list[Row] = []
     while todo:
         mask, target = next(iter(todo.items()))
         best: tuple[int, Row] | None = None
         for _ in range(candidates):
-            row = model.complete(target, rng, _gain(model, bits, todo, size, rng))
+            row = model.complete(target, rng, _gain(model, bits, wanted, size, rng))
             if row is None:
                 break
             score = sum(m in todo for m in _masks(model, bits, row, size))
             if best is None or score > best[0]:
                 best = (score, row)
-        if best is None:
-            del todo[mask]
-            continue
-        rows.append(best[1])
-        for covered in _masks(model, bits, best[1], size):
-            todo.pop(covered, None)
+        if best is not None:
+            rows.append(best[1])
+        for covered in [mask] if best is None else _masks(model, bits, best[1], size):
+            if todo.pop(covered, None) is not None:
+                for bit in _bits(covered):
+                    wanted[covered ^ bit] ^= bit
     return rows
 
 
@@ -254,19 +279,37 @@ def _masks(model: Model, bits: Mapping[int, list[int]], row: Row, size: int) -> 
     return (sum(chosen) for chosen in combinations([bits[axis][row[axis]] for axis in model.free], size))
 
 
+def _mask(axes: Iterable[int]) -> int:
+    return sum(1 << axis for axis in axes)
+
+
+def _bits(mask: int) -> Iterator[int]:
+    """The bits of `mask`, lowest first."""
+    while mask:
+        bit = mask & -mask
+        yield bit
+        mask ^= bit
+
+
 def _gain(
-    model: Model, bits: Mapping[int, list[int]], todo: Mapping[int, Tuple], size: int, rng: random.Random
+    model: Model, bits: Mapping[int, list[int]], wanted: Mapping[int, int], size: int, rng: random.Random
 ) -> Gain:
     """Orders the values of an axis by how many tuples still to do they would complete; ties at random."""
 
     def order(axis: int, row: Sequence[int | None]) -> list[int]:
         values = list(range(len(model.values[axis])))
-        if axis not in bits:
-            return values
-        chosen = [bits[other][value] for other in model.free if (value := row[other]) is not None and other != axis]
-        rests = [sum(rest) for rest in combinations(chosen, size - 1)]
+        chosen = [bits[other][value] for other in model.free if (value := row[other]) is not None]
+        among = sum(chosen)
+        rests = [sum(rest) for rest in combinations(chosen, size - 2)] if size > 1 else []
+
+        def score(value: int) -> int:  # counts each tuple size - 1 times
+            bit = bits[axis][value]
+            if size == 1:
+                return int(bit & wanted.get(0, 0) > 0)
+            return sum((wanted.get(bit | rest, 0) & among).bit_count() for rest in rests)
+
         rng.shuffle(values)
-        score = {v: sum((bits[axis][v] | rest) in todo for rest in rests) for v in values}
-        return sorted(values, key=lambda v: -score[v])
+        scores = {value: score(value) for value in values}
+        return sorted(values, key=lambda value: -scores[value])
 
     return order
