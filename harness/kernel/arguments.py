@@ -67,8 +67,13 @@ class LaunchArguments:
     def workspace(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Scratch memory for this launch: `dtype` [*shape] of 0xFF bytes, NaN in every float type, on the device of q.
 
-        The last dimension has stride 1, the others any: rows may lie far apart.
+        The last dimension has stride 1, the others any: rows may lie far apart. Raises ValueError for negative sizes
+        and elements of other than 1, 2, 4 or 8 bytes.
         """
+        if dtype.itemsize not in (1, 2, 4, 8):
+            raise ValueError(f"workspace '{name}': elements have 1, 2, 4 or 8 bytes, not {dtype.itemsize} ({dtype})")
+        if any(size < 0 for size in shape):
+            raise ValueError(f"workspace '{name}': sizes must not be negative: {tuple(shape)}")
         if self.allocator is not None:
             return self.allocator(name, shape, dtype)
         from harness.kernel.workspace import plain_workspace  # needs torch, which collecting does without

@@ -96,6 +96,19 @@ def test_what_torch_stores_behind_a_workspace_is_red_and_names_it(tmp_path: Path
     assert "1 elements behind or between the rows of workspace scores were written, the first +32" in verdict.reason
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('"partial_out", (', '"partial_out", (-1, ', "workspace 'partial_out': sizes must not be negative: (-1, "),
+        (", torch.float32)", ", torch.complex128)", "elements have 1, 2, 4 or 8 bytes, not 16 (torch.complex128)"),
+    ],
+)
+def test_a_workspace_that_cannot_be_is_told_by_its_name(old: str, new: str, words: str, tmp_path: Path) -> None:
+    verdict = run_case(CASE, mutated(KERNELS["unified_paged"], old, new, tmp_path), Options(device="cpu"))
+    assert verdict.outcome is Outcome.FAIL
+    assert words in verdict.reason
+
+
 def test_a_part_that_was_not_stored_is_poison(tmp_path: Path) -> None:
     verdict = run(
         KERNELS["unified_paged"],
