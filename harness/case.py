@@ -5,7 +5,7 @@ Invariant: a Case together with its seeds is enough to build the same problem bi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,17 @@ class Case:
     writer: str | None = None  # name of the kernel that stores the new tokens; None: the cache is built with them
     steps: int = 1  # of a simulated engine over one cache; from 2 on `rows` are the requests (harness.problem.schedule)
     boundary: str | None = None  # where the pages of a boundary probe lie (harness.problem.boundary); None: no probe
-    boundary_target: str = "kv"  # kv | k | v: whose addresses reach the boundary
+    boundary_target: str = "kv"  # kv | k | v | descale | out | table | workspace | slots: whose addresses reach it
     boundary_position: str = "straddling"  # straddling | below | above | far
     data: str = "normal"
     geometry_seed: int = 0
     data_seed: int = 0
+
+    def without_writer(self) -> Case:
+        """The same on a cache that is built full: no slot mapping, and so no probe of one."""
+        if self.boundary_target != "slots":
+            return replace(self, writer=None)
+        return replace(self, writer=None, boundary=None, boundary_target="kv", boundary_position="straddling")
 
     @property
     def num_kv_heads(self) -> int:

@@ -7,6 +7,7 @@ crash is called the case's own only if the case crashes alone as well.
 from __future__ import annotations
 
 import datetime
+import os
 import shutil
 import subprocess
 import tempfile
@@ -19,6 +20,7 @@ import pytest
 from harness.errors import AttnregError
 from harness.isolation.alone import Alone, run_alone
 from harness.isolation.autopsy import Death, autopsy, how
+from harness.isolation.turns import turn
 from harness.kernel.buffer_map import describe_address, in_fence
 from harness.run.outcome import Outcome, Verdict
 from harness.session import Found, Session
@@ -105,7 +107,9 @@ class Postmortem:
         verdict = autopsy(self._death(worker), self.session.case_timeout, folder)
         if verdict.outcome is Outcome.CRASH:  # else told by the stack, or by the system: it would only happen again
             reproduce = self.session.make_record(found.case, found.line, found.path, verdict).reproduce
-            alone = run_alone(self.session, reproduce, environment=worker.gateway.spec.env)
+            environment = worker.gateway.spec.env
+            with turn(found.case, self.folder, {**os.environ, **environment}):
+                alone = run_alone(self.session, reproduce, environment=environment)
             verdict = second_opinion(verdict, alone, self.last.get(worker.gateway.id), self.session.case_timeout)
         expectation = found.matrix.expectation(found.case)
         return apply_expectation(verdict, expectation, datetime.date.today()) if expectation else verdict
@@ -153,6 +157,9 @@ def second_opinion(crash: Verdict, alone: Alone, before: str | None, limit: floa
     if not alone.started:
         last = alone.output.strip().splitlines()[-1:] or [f"the process {how(alone.death)}"]
         return replace(crash, explanation=with_row(crash.explanation, "again", "alone it could not be run:", *last))
+    if alone.record is not None and alone.record.outcome is Outcome.OUT_OF_MEMORY:
+        untold = f"alone in a fresh process nothing came of it: {alone.record.reason}"
+        return replace(crash, explanation=with_row(crash.explanation, "again", untold))
     if alone.record is None or alone.record.outcome in (Outcome.CRASH, Outcome.TIMEOUT):
         end = autopsy(alone.death, limit, None) if alone.record is None else alone.record
         said = [f"alone in a fresh process it fails too: {end.reason}"]

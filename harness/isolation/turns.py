@@ -8,39 +8,45 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from harness.case import Case
 from harness.dtypes import element_type
 from harness.isolation.devices import CUDA, HIP
+from harness.problem.admission import pages_needed
 
 LARGE = 1 << 30  # bytes
 
 
 @contextmanager
-def turn(case: Case, folder: Path) -> Iterator[None]:
-    """Wait until no other large case of the session is on the device of this process; nothing where `case` is small.
+def turn(case: Case, folder: Path, environment: Mapping[str, str] = os.environ) -> Iterator[None]:
+    """Wait until no other large case of the session is on the device; nothing where `case` is small.
 
-    folder: of the session, the same for all of its workers.
+    folder: of the session, the same for all of its workers. environment: what says which device that is.
     """
     if not is_large(case):
         yield
         return
-    device = "-".join(os.environ.get(variable, "") for variable in (CUDA, HIP))  # what tells its workers apart
-    with (folder / f"turn{device}").open("w", encoding="ascii") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with lock_of(folder, environment).open("w", encoding="ascii") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)  # of this process alone: what a kernel forks does not inherit it
         yield
+
+
+def lock_of(folder: Path, environment: Mapping[str, str]) -> Path:
+    """The file of the turn of a process with the variables `environment`, which say what device it sees."""
+    device = "-".join(environment.get(variable, "") for variable in (CUDA, HIP))
+    return folder / f"turn{device}".replace("/", "_")
 
 
 def is_large(case: Case) -> bool:
     """Whether the KV cache of `case` may take more than LARGE bytes of memory of its own."""
     if case.pool == "aliased":
         return False
-    if case.boundary is not None:
+    if case.boundary is not None and case.boundary_target in ("kv", "k", "v"):
         return case.pool == "dense"  # it spans the boundary
     placed = max((page for pages in case.placement.pages for page in pages), default=0) + 1
-    pages = placed if case.num_pages is None else case.num_pages
+    pages = case.num_pages or max(placed, sum(pages_needed(case)))
     token = case.num_kv_heads * (case.head_size + case.value_size) * element_type(case.stored_dtype).size
     return pages * case.page_size * token > LARGE

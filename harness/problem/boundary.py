@@ -59,11 +59,11 @@ def boundary_refusal(case: Case) -> str | None:
     """Why `case` cannot probe its boundary, in one sentence; None where it can, or has none."""
     if case.boundary is None:
         return None
-    if case.num_pages is not None:
-        return f"boundary {case.boundary}: it says itself how large the pool is: leave num_pages at none"
     name, target = f"boundary {case.boundary}", case.boundary_target
     if target in _IN_ROWS:
         return _rows_refusal(case)
+    if case.num_pages is not None:
+        return f"{name}: it says itself how large the pool is: leave num_pages at none"
     count = sum(_pages_of(case, seq) for seq in range(case.rows.num_seqs))
     if not 2 <= count <= 2 + len(_OTHERS):
         return f"{name}: the batch has {count} pages of {case.page_size} tokens; a probe has 2 to {2 + len(_OTHERS)}"
@@ -129,8 +129,16 @@ def table_geometry(case: Case) -> RowGeometry | None:
         return None
     if case.page_table == "kv_indices":
         pages = [_pages_of(case, seq) for seq in range(case.rows.num_seqs)]
-        return _list(sum(pages) - max(pages[-1] // 2, 1), _INDEX_SIZE)
+        amid = carrying_sequence(case)
+        return _list(sum(pages[: amid + 1]) - pages[amid] // 2, _INDEX_SIZE)
     return _rows(case, case.rows.num_seqs - 1, _pages_of(case, -1), _INDEX_SIZE)
+
+
+def carrying_sequence(case: Case) -> int:
+    """The sequence amid whose entries of a list of pages addresses carry: the last with two, as a kernel may add up
+    right where a sequence begins and wrong what lies behind that.
+    """
+    return max(seq for seq in range(case.rows.num_seqs) if _pages_of(case, seq) > 1)
 
 
 def slots_geometry(case: Case) -> RowGeometry | None:
@@ -179,13 +187,13 @@ def _with_slots(case: Case) -> list[int]:
     return found
 
 
-def _list_refusal(case: Case, count: int) -> str | None:
-    """The same as boundary_refusal, for a list of `count` entries that are read."""
+def _list_refusal(case: Case, count: int, between: str) -> str | None:
+    """The same as boundary_refusal, for a list: addresses carry `between` two entries, of which there are `count`."""
     name = f"boundary {case.boundary} of {case.boundary_target}"
     if case.boundary != "carry":
         return f"{name}: entries of a list cannot lie far apart: its only boundary is the carry"
     if case.boundary_position != "straddling" or count < 2:
-        return f"{name}: a carry lies between two entries of a list that are read: the position is straddling"
+        return f"{name}: the carry lies between the entries of {between}: the position is straddling"
     return None
 
 
@@ -194,9 +202,14 @@ def _rows_refusal(case: Case) -> str | None:
     if case.boundary_target == "slots":
         if case.writer is None:
             return f"boundary {case.boundary} of slots: only a writer has a slot mapping"
-        return _list_refusal(case, len(_with_slots(case)))
+        if case.descales_per in ("page", "token"):
+            return f"boundary {case.boundary} of slots: a wrong slot is one of page 0, which has no descales of its own"
+        if any(0 in pages for pages in case.placement.pages):
+            return f"boundary {case.boundary} of slots: a wrong slot is one of page 0: leave that to no sequence"
+        return _list_refusal(case, len(_with_slots(case)), "two new tokens that are stored")
     if case.boundary_target == "table" and case.page_table == "kv_indices":
-        return _list_refusal(case, sum(_pages_of(case, seq) for seq in range(case.rows.num_seqs)))
+        most = max(_pages_of(case, seq) for seq in range(case.rows.num_seqs))
+        return _list_refusal(case, most, "two pages of one sequence")
     name = f"boundary {case.boundary} of {case.boundary_target}"
     counts = {"out": case.rows.num_tokens, "table": case.rows.num_seqs}
     count = counts.get(case.boundary_target, 2)  # a workspace: as many as the kernel takes

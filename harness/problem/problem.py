@@ -63,7 +63,7 @@ class Problem:
 
     def without_writer(self) -> Problem:
         """The same with a cache that is built full."""
-        return replace(self, case=replace(self.case, writer=None))
+        return replace(self, case=self.case.without_writer())
 
 
 def build_problem(case: Case, device: torch.device | str) -> Problem:

@@ -28,7 +28,8 @@ from harness.kernel.reaching import ReachingOutput
 from harness.oracle.judge import judge
 from harness.oracle.observability import MARGIN
 from harness.oracle.tolerance import Tolerance, tolerance
-from harness.problem.boundary import cache_geometry, table_geometry
+from harness.problem.boundary import cache_geometry, carrying_sequence, table_geometry
+from harness.problem.descales import group_of_key
 from harness.problem.problem import Problem
 from harness.run.reference import build_reference
 from harness.run.setup import Setup
@@ -63,7 +64,7 @@ class Misread:
 
 
 def memory_of(setup: Setup) -> dict[str, Any]:
-    """What K, V, and tables, outputs and workspaces far apart take: the kind of pool, bytes of addresses and of memory.
+    """What K, V, and whatever else lies at a boundary take: the kind of pool, bytes of addresses and of memory.
 
     Workspaces are those that the kernel has taken so far.
     """
@@ -95,9 +96,10 @@ def unseen_addresses(setup: Setup, contract: Contract, reference: AttentionRefer
             found = [m for m in misreads if (m.target, m.fault) == (target, fault)]
             if not found:
                 return f"cannot see a wrong address of {target}: none is wrong where {fault.words}"
-            moved = _outcome(setup, contract, found).out - reference.out
-            if not bool((moved.abs() > MARGIN * allowed.out).any() | moved.isnan().any()):
-                return f"cannot see a wrong address of {target}: the output is the same where {fault.words}"
+            for misread in found:
+                moved = _outcome(setup, contract, [misread]).out - reference.out
+                if not bool((moved.abs() > MARGIN * allowed.out).any() | moved.isnan().any()):
+                    return f"cannot see a wrong address of {target}: the output is the same where {fault.words}"
     return None
 
 
@@ -170,6 +172,11 @@ def _misreads(setup: Setup) -> Iterator[Misread]:
         cells = entries(problem.case, cache.cached_lens, problem.q.device)
         for fault in FAULTS:
             yield from _of_table(setup, addressing(reach), cells, live, fault)
+            if problem.case.page_table == "kv_indices":
+                behind = carrying_sequence(problem.case) + 1
+                if any(n > 0 for n in cache.cached_lens[behind:]):  # else they are the same
+                    for part in (range(behind - 1, behind), range(behind, len(cache.cached_lens))):
+                        yield from _of_table(setup, addressing(reach), cells, live, fault, part)
 
 
 def _of_cache(setup: Setup, which: str, low_bits: int, live: Live, fault: AddressFault) -> Iterator[Misread]:
@@ -222,16 +229,25 @@ def _of_descales(
         )
 
 
-def _of_table(setup: Setup, at: Addressing, cells: Cells, live: Live, fault: AddressFault) -> Iterator[Misread]:
+def _of_table(
+    setup: Setup, at: Addressing, cells: Cells, live: Live, fault: AddressFault, sequences: range | None = None
+) -> Iterator[Misread]:
+    """`sequences`: the only ones whose entries are read elsewhere, as a kernel may find where each begins by the fault,
+    or only what lies behind that.
+    """
     cache, layout, table = setup.cache, setup.problem.case.layout, page_ids_of(setup.cache)
     right, moved = cells.right(at), cells.moved(at, fault)  # [n, 1]
+    counts = torch.tensor([-(-n // cache.page_size) for n in cache.cached_lens], device=moved.device)
+    first_entry = counts.cumsum(0) - counts  # [num_seqs] by number, as entries() has them
+    if sequences is not None:
+        number = torch.arange(len(moved), device=moved.device)[:, None]
+        first, end = int(first_entry[sequences.start]), int(counts[: sequences.stop].sum())
+        moved = torch.where((number >= first) & (number < end), moved, right)
     wrong = (right != moved).nonzero()[:, 0]
     ids = storage_bits(table)[moved + table.storage_offset()][:, 0].to(torch.int64)
     if not len(wrong) or not bool(((ids >= 0) & (ids < cache.num_pages)).all()):
         return
     keys = key_positions(setup.problem.case.rows, ids.device)
-    pages = torch.tensor([-(-n // cache.page_size) for n in cache.cached_lens], device=ids.device)
-    first_entry = pages.cumsum(0) - pages  # [num_seqs] by number, as entries() has them
     page = ids[first_entry[keys.seq[live.key]] + keys.pos[live.key] // cache.page_size]
     found = {}
     for which, tensor, payload in (("k", cache.k, cache.key_payload), ("v", cache.v, cache.value_payload)):
@@ -245,7 +261,22 @@ def _of_table(setup: Setup, at: Addressing, cells: Cells, live: Live, fault: Add
         item=f"{'entry' if setup.cache.block_table is None else 'row'} {int(cells.row[first])} of the page table",
         right=int(right[first]),
         read=int(moved[first]),
+        descales=_descales_of(setup, live, page),
     )
+
+
+def _descales_of(setup: Setup, live: Live, page: torch.Tensor) -> dict[int, torch.Tensor]:
+    """By kind, the descales float32 [groups, num_kv_heads] of `live` tokens whose pages are `page` [n] instead."""
+    problem, cache = setup.problem, setup.cache
+    descales = problem.descales.clone()  # [groups, num_kv_heads, 2]
+    if cache.kv_block_descale is not None:
+        descales[group_of_key(problem.case).to(page.device)[live.key]] = cache.kv_block_descale[page]
+    elif cache.k_token_descale is not None and cache.v_token_descale is not None:
+        of_k, of_v = cache.k_token_descale, cache.v_token_descale
+        descales[live.key] = torch.stack((of_k[page, live.slot], of_v[page, live.slot]), -1)
+    else:
+        return {}
+    return {kind: descales[..., kind] for kind in (0, 1)}
 
 
 def _payload(tensor: torch.Tensor, payload: torch.Tensor, live: Live, offsets: torch.Tensor) -> torch.Tensor:

@@ -61,7 +61,7 @@ def twin_in(axis: str, case: Case, contract: Contract) -> Case | str:
     at = kind.words.index(getattr(case, axis))
     for word in (*kind.words[at + 1 :], *kind.words[:at]):
         changed: dict[str, Any] = {axis: word}
-        twin = replace(case, writer=None, **changed)  # what a writer had stored is built: the same bits
+        twin = replace(case.without_writer(), **changed)  # what a writer had stored is built: the same bits
         if contract.unsupported(twin) or layout_refusal(twin) or placement_refusal(twin):
             continue
         if contract.must_launch(twin) == contract.must_launch(case):

@@ -137,11 +137,11 @@ def mapped(setup: Setup, path: Path) -> Setup:
 
 def with_room(cache: KVCache, contract: Contract, name: str) -> torch.Tensor:
     """The page table `name` of `cache`, int32, with the entries behind its last that `contract` says are read: they
-    name an unused page.
+    name an unused page; those of a table in a pool are poison.
     """
     table: torch.Tensor = getattr(cache, name)
     if not (entries := contract.over_read(name)) or name in cache.pools_by_argument:
-        return table  # in a pool there is memory behind it
+        return table
     used = {page for pages in cache.pages for page in pages}
     dead = next(page for page in reversed(range(cache.num_pages)) if page not in used)
     storage = table.new_full((table.numel() + entries,), dead)

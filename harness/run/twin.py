@@ -22,7 +22,7 @@ from harness.kernel.launch import launch
 from harness.kernel.registry import Launcher
 from harness.oracle.judge import judge
 from harness.oracle.tolerance import Tolerance, tolerance
-from harness.problem.admission import layout_refusal
+from harness.problem.admission import layout_refusal, placement_refusal
 from harness.problem.descales import cache_descales
 from harness.problem.problem import Problem
 from harness.run.outcome import Outcome, Verdict
@@ -110,8 +110,8 @@ def twin_case(case: Case, contract: Contract) -> Case | str:
     if case.page_size >= longest:
         return "every sequence has one page already"
     shuffled = case.placement if case.placement.kind not in ("explicit", "shared_prefix") else Placement()
-    twin = replace(case, page_size=page_size, placement=shuffled, num_pages=None, writer=None)
-    return contract.unsupported(twin) or layout_refusal(twin) or twin
+    twin = replace(case.without_writer(), page_size=page_size, placement=shuffled, num_pages=None)
+    return contract.unsupported(twin) or layout_refusal(twin) or placement_refusal(twin) or twin
 
 
 def twin_problem(problem: Problem, twin: Case) -> Problem:

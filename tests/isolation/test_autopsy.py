@@ -169,6 +169,14 @@ def test_a_crash_that_does_not_happen_alone_is_told_as_that(before: str | None, 
     assert seen.reason == f"{first}: {crash.reason}, but alone in a fresh process it ends in PASS{last}"
 
 
+def test_a_second_run_that_got_no_memory_acquits_nobody() -> None:
+    crash = autopsy(Death(-11, SEGFAULT), 5.0, KERNELS)
+    seen = second_opinion(crash, _alone(Outcome.OUT_OF_MEMORY, "no memory"), "m.yaml::before", 5.0)
+    assert (seen.outcome, seen.reason) == (Outcome.CRASH, crash.reason)
+    assert seen.explanation is not None
+    assert seen.explanation["rows"]["again"] == ["alone in a fresh process nothing came of it: no memory"]
+
+
 def test_a_second_run_that_did_not_come_to_the_case_says_nothing_of_it() -> None:
     crash = autopsy(Death(-11, SEGFAULT), 5.0, KERNELS)
     seen = second_opinion(crash, Alone(None, Death(4, ""), started=False, output="ERROR: no kernels here\n"), None, 5.0)

@@ -1,7 +1,11 @@
-"""Large cases take turns on a device; small ones, and large ones whose unused pages share memory, wait for nobody."""
+"""Large cases take turns on a device; small ones, and those whose pool is aliased, wait for nobody."""
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,12 +28,28 @@ def test_two_workers_never_have_a_large_case_at_once(toys: Toys) -> None:
     assert toys.outcomes == {"toy_unsociable": {Outcome.PASS}}
 
 
-def test_what_is_small_or_on_another_device_waits_for_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    with turns.turn(LARGE, tmp_path), turns.turn(SMALL, tmp_path):
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-        with turns.turn(LARGE, tmp_path):
-            assert len([*tmp_path.iterdir()]) == 2
+def granted(lock: Path) -> bool:
+    """Whether another process gets that turn now."""
+    ask = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'w'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    return subprocess.run([sys.executable, "-c", ask, lock], capture_output=True, check=False).returncode == 0
+
+
+def test_a_turn_is_one_processs_until_it_is_given_back(tmp_path: Path) -> None:
+    first, second = ({"CUDA_VISIBLE_DEVICES": device} for device in ("MIG-GPU-7/0", "1"))
+    mine = turns.lock_of(tmp_path, first)
+    with turns.turn(LARGE, tmp_path, first):
+        assert not granted(mine)
+        assert granted(turns.lock_of(tmp_path, second))
+        child = os.fork()  # as a kernel might, and leave it behind
+        if child == 0:
+            signal.pause()
+    try:
+        assert granted(mine)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    with turns.turn(SMALL, tmp_path, first):
+        assert granted(mine)
 
 
 @pytest.mark.parametrize(
@@ -44,8 +64,12 @@ def test_what_is_small_or_on_another_device_waits_for_nobody(tmp_path: Path, mon
         ({"num_pages": 5000, "pool": "aliased"}, False),
         ({"placement": Placement("explicit", "far", ((3,), (256, 1)))}, True),
         ({"placement": Placement("explicit", "near", ((3,), (255, 1)))}, False),
-        ({"boundary": "int32_bytes"}, False),  # aliased wherever it can be
-        ({"boundary": "int32_bytes", "pool": "dense"}, True),
+        ({"rows": Rows("long", (1, 1), (130_000, 131_072))}, False),
+        ({"rows": Rows("long", (1, 1), (131_072, 131_072))}, True),  # 257 pages
+        ({"boundary": "bytes31"}, False),  # aliased wherever it can be
+        ({"boundary": "bytes31", "pool": "dense"}, True),
+        ({"boundary": "bytes31", "boundary_target": "out"}, False),
+        ({"boundary": "bytes31", "boundary_target": "out", "num_pages": 257}, True),
     ],
 )
 def test_large_is_what_needs_more_than_a_gibibyte_of_its_own(change: dict[str, object], large: bool) -> None:

@@ -141,13 +141,36 @@ def test_the_last_row_of_the_output_and_of_the_table_lies_where_it_should(bounda
         ({"boundary": "carry", "boundary_target": "table"}, "a carry lies in the last row of output or workspace"),
         (
             {"boundary": "carry", "boundary_target": "table", "page_table": "kv_indices", "boundary_position": "far"},
-            "between two entries of a list that are read",
+            "between the entries of two pages of one sequence",
         ),
         ({"boundary": "carry", "boundary_target": "slots"}, "only a writer has a slot mapping"),
         ({"boundary": "bytes31", "boundary_target": "slots", "writer": "w"}, "its only boundary is the carry"),
         (
+            {
+                "boundary": "carry",
+                "boundary_target": "table",
+                "page_table": "kv_indices",
+                "boundary_position": "straddling",
+                "rows": Rows("r", (1, 1), (3, 3)),
+            },
+            "between the entries of two pages of one sequence",
+        ),
+        (
+            {"boundary": "carry", "boundary_target": "slots", "writer": "w", "descales_per": "page"},
+            "page 0, which has no descales of its own",
+        ),
+        (
+            {
+                "boundary": "carry",
+                "boundary_target": "slots",
+                "writer": "w",
+                "placement": Placement("explicit", "zero", ((1, 2), (0,))),
+            },
+            "page 0: leave that to no sequence",
+        ),
+        (
             {"boundary": "carry", "boundary_target": "slots", "writer": "w", "rows": Rows("r", (1,), (40,))},
-            "between two entries of a list that are read",
+            "between the entries of two new tokens that are stored",
         ),
         ({"boundary": "bytes31", "boundary_target": "out", "rows": Rows("r", (1,), (3,))}, "it needs two rows"),
         (

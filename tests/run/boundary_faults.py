@@ -165,6 +165,27 @@ TABLE_READS["carry, of a list"] = Fault(
     ),
     ("entry 7 of the page table at element 7 was read at element -1,073,741,817", CARRY),
 )
+OF_A_LIST = TABLE_READS["carry, of a list"]
+ONE_PAGE_LAST = Rows("one_page_last", (1, 1, 1), (63, 63, 9))  # where sequence 2 begins is found
+TABLE_READS |= {
+    "carry, of a list, not of its last sequence": OF_A_LIST._replace(
+        case=replace(OF_A_LIST.case, rows=ONE_PAGE_LAST),
+        says=("entry 6 of the page table at element 6 was read at element -1,073,741,818", CARRY),
+    ),
+    "carry, of a list, with descales by page": OF_A_LIST._replace(
+        case=replace(OF_A_LIST.case, kv_dtype="fp8_e4m3", descales_per="page", data="probe"),
+    ),
+    "carry, of a list, with descales by token": OF_A_LIST._replace(
+        case=replace(OF_A_LIST.case, kv_dtype="fp8_e4m3", descales_per="token", data="probe"),
+    ),
+    "carry, where each sequence begins": Fault(
+        "pages = kv_page_indices_ptr + first",
+        "pages = kv_page_indices_ptr + first - "
+        "(((kv_page_indices_ptr.to(tl.int64) & 0xFFFFFFFF) + first.to(tl.int64) * 4) >> 32) * (1 << 30)",
+        replace(OF_A_LIST.case, rows=Rows("two_begin", (1, 1, 1), (63, 9, 9))),
+        ("entry 4 of the page table at element 4 was read at element -1,073,741,820", CARRY),
+    ),
+}
 STORES = {
     "signed": Fault(
         "(token * out_stride_token + head",

@@ -103,6 +103,15 @@ def test_a_second_launch_knows_which_addresses_are_no_memory(
     assert known == [apart]
 
 
+@pytest.mark.parametrize("rows", [Rows("one", (1,), (63,)), Rows("two", (3, 1), (20, 14))], ids=lambda rows: rows.name)
+def test_the_twin_of_a_probe_may_have_a_list_too_short_for_one(rows: Rows) -> None:
+    case = probe("unified_paged", "carry", boundary_target="table", boundary_position="straddling", data="normal")
+    case = replace(case, page_table="kv_indices", rows=rows)
+    options = Options(device="cpu", noise_floor="report", twins=("page_table", "table_padding"))
+    verdict = run_case(case, KERNELS[case.kernel], options)
+    assert verdict.outcome is Outcome.PASS, verdict.reason
+
+
 @pytest.mark.parametrize("plant", ["zero-pool", "decode-token-missing", "index-int64"])
 def test_faults_of_the_set_up_are_no_faults_of_the_kernel(plant: str) -> None:
     case = probe("unified_paged", "elements31", boundary_target="k")

@@ -233,6 +233,15 @@ def test_a_slot_that_is_read_at_a_wrong_address_is_told_by_its_fault() -> None:
     assert "was read at" not in skipping.reason
 
 
+@pytest.mark.parametrize("data", ["needle", "normal"])
+def test_what_is_run_beside_a_probe_of_slots_has_none(data: str) -> None:
+    case = replace(PROBE, boundary="carry", boundary_target="slots", boundary_position="straddling", data=data)
+    options = Options(device="cpu", twice=True, twins=("layout",), noise_floor="report")
+    verdict = run_case(case, KERNELS[case.kernel], options)
+    assert verdict.outcome is Outcome.PASS, verdict.reason
+    assert "not compared" not in str(verdict.explanation)
+
+
 @pytest.mark.parametrize("steps", [1, 6])
 @pytest.mark.parametrize("writer", ["cache_writer", "token_skipped", "padding_stored"])
 def test_behind_fences_the_same_is_found(writer: str, steps: int) -> None:

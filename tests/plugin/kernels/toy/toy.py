@@ -109,7 +109,7 @@ def littering(args: LaunchArguments) -> None:
 
 def unsociable(args: LaunchArguments) -> None:
     Path("here").touch(exist_ok=False)
-    time.sleep(0.2)
+    time.sleep(1.5)
     honest(args)
     Path("here").unlink()
 
