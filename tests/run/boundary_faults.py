@@ -263,10 +263,29 @@ DESCALES = {
         ("K descale of page 18", "2^32 x -1", "a signed 32-bit offset in elements wraps"),
     ),
 }
+OF_V3 = {"dtype": "bf16", "kv_dtype": "fp8_e4m3", "q_dtype": "fp8_e4m3"}
+V3_DESCALES = {**OF_V3, "descales_per": "page", "page_size": 1024, "boundary_target": "descale", "data": "probe"}
+PREFETCHED = "entry = kv_block_descale_ptr + page.to(tl.int64) * stride_page"
+PREFILLS = Rows("prefills", (33, 20), (1028, 984))
+PIPELINED = {
+    "signed": Fault(
+        PAGE,
+        "(page * stride_page.to(tl.int32)).to(tl.int64)",
+        probe("batch_prefill_v3", "elements31", boundary_target="v", **OF_V3),
+        ("V of page 14", "2^32 x -1", "a signed 32-bit offset in elements wraps"),
+    ),
+    "descales": Fault(
+        PREFETCHED,
+        PREFETCHED.replace("page.to(tl.int64) * stride_page", "(page * stride_page.to(tl.int32)).to(tl.int64)"),
+        replace(descales("elements31", **V3_DESCALES), kernel="batch_prefill_v3", rows=PREFILLS),
+        ("K descale of page 24", "2^32 x -1", "a signed 32-bit offset in elements wraps", "V descale of page 24"),
+    ),
+}
 ALL = READS | {f"page table, {name}": fault for name, fault in TABLE_READS.items()}
 ALL |= {f"out, {name}": fault for name, fault in STORES.items()}
 ALL |= {f"descales, {name}": fault for name, fault in DESCALES.items()}
 ALL |= {f"workspace, {name}": fault for name, fault in SCRATCH.items()}
+ALL |= {f"pipelined tiles, {name}": fault for name, fault in PIPELINED.items()}
 
 
 class Told(NamedTuple):
