@@ -1,7 +1,7 @@
 """Boundary probes of the slot mapping: addresses carry amid its entries, and other slots lie where a fault would read.
 
-Invariant: a slot that a fault reads is one of the null page that no token has, another for each token, so that what a
-wrong address does is the same each time.
+Invariant: a slot that a fault reads is one of the null page, which no token has, so that what a wrong address does is
+the same each time.
 """
 
 from __future__ import annotations

@@ -159,6 +159,9 @@ class Contract:
 
 def required_features(case: Case) -> frozenset[str]:
     """The features of FEATURES that a kernel needs to run `case`."""
+    apart = case.boundary_target if case.boundary is not None else ""  # what lies far apart
+    if apart == "table" and case.page_table == "kv_indices":
+        apart = ""  # a list does not
     wanted = {
         "sliding_window": case.sliding_window is not None,
         "noncausal": not case.causal,
@@ -170,12 +173,9 @@ def required_features(case: Case) -> frozenset[str]:
         "softmax_scale": case.scale_factor != 1.0,
         "head_size_v": case.value_size != case.head_size,
         "prefill": any(q > 1 for q in case.rows.query_lens),
-        "strided_cache": case.strides != "compact"
-        or (case.boundary is not None and case.boundary_target in ("k", "v", "descale")),
-        "strided_inputs": case.strides == "all"
-        or (case.boundary is not None and case.boundary_target == "out")
-        or (case.boundary is not None and case.boundary_target == "table" and case.page_table == "block_table"),
-        "strided_workspace": case.boundary is not None and case.boundary_target == "workspace",
+        "strided_cache": case.strides != "compact" or apart in ("k", "v", "descale"),
+        "strided_inputs": case.strides == "all" or apart in ("out", "table"),
+        "strided_workspace": apart == "workspace",
         "queries_before_keys": any(c < 0 for c in case.rows.context_lens),
     }
     return frozenset(name for name, needed in wanted.items() if needed)
