@@ -15,7 +15,6 @@ from pathlib import Path
 from harness.case import Case
 from harness.dtypes import element_type
 from harness.isolation.devices import CUDA, HIP
-from harness.problem.admission import pages_needed
 
 LARGE = 1 << 30  # bytes
 
@@ -47,6 +46,6 @@ def is_large(case: Case) -> bool:
     if case.boundary is not None and case.boundary_target in ("kv", "k", "v"):
         return case.pool == "dense"  # it spans the boundary
     placed = max((page for pages in case.placement.pages for page in pages), default=0) + 1
-    pages = case.num_pages or max(placed, sum(pages_needed(case)))
+    tokens = max((case.num_pages or placed) * case.page_size, sum(case.rows.seq_lens))
     token = case.num_kv_heads * (case.head_size + case.value_size) * element_type(case.stored_dtype).size
-    return pages * case.page_size * token > LARGE
+    return tokens * token > LARGE
