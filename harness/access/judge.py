@@ -9,7 +9,7 @@ says so.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,7 +21,7 @@ from harness.access.scope import Pair, Place, Rows, Scope, scopes
 from harness.access.similar import similar
 from harness.cache.build import KVCache
 from harness.case import Case
-from harness.interpreter.trace import Program, Trace
+from harness.interpreter.trace import Load, Program, Trace
 from harness.kernel.arguments import LaunchArguments
 from harness.kernel.contract import Contract
 from harness.oracle.findings import AccessFinding, AccessFindings
@@ -51,8 +51,10 @@ def judge_accesses(
     if unknown := sorted(trace.loads.keys() - {scope.buffer for scope in known}):
         return AccessFindings(f"not judged: {', '.join(unknown)} not as built", similar(found))
     for scope in known:
-        reads = resolve(trace.loads.get(scope.buffer, ()), scope.grid)
-        found += [*judge.missing(scope, reads), *judge.wrong(scope, reads)]
+        loads = trace.loads.get(scope.buffer, ())
+        reads = resolve(loads, scope.grid)
+        wrong = [*judge.missing(scope, reads), *judge.wrong(scope, reads)]
+        found += [judge.packed(scope, reads)] if wrong and judge.explained_by(scope.packed, loads) else wrong
     return AccessFindings(judge.state, similar(found))
 
 
@@ -144,6 +146,21 @@ class _Judge:
             may[allowed] = False
             if bad.any():
                 yield from self._wrong(scope, reads.cell[part][bad], reads.line[part][bad], served, program)
+
+    def explained_by(self, scope: Scope | None, loads: Sequence[Load]) -> bool:
+        """Whether `loads` read what they had to, and nothing else, of a buffer with `scope`."""
+        if scope is None or not loads or self._trace.cut:
+            return False
+        reads = resolve(loads, scope.grid)
+        return not any(True for found in (self.missing, self.wrong) for _ in found(scope, reads))
+
+    def packed(self, scope: Scope, reads: Reads) -> AccessFinding:
+        """A buffer that was read as if it had no gaps."""
+        program = min(np.unique(reads.program).tolist(), key=self._order)
+        line = int(reads.line[reads.of(program)][0])
+        nowhere, tokens = np.zeros(1, dtype=np.int64), np.array(sorted(self._tokens.get(program, ())), dtype=np.int64)
+        whose = (scope.buffer, None, None)
+        return self._finding("packed", whose, nowhere, (None, None), tokens, program, self._trace.lines[line])
 
     def _wrong(
         self, scope: Scope, cells: Ints, lines: Ints, served: set[Pair], program: int

@@ -7,7 +7,7 @@ sequence, or pages of it where a buffer has one entry per page.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -72,6 +72,7 @@ class Scope:
     paged: bool  # cells are (page, slot, head): see `places_per_page`
     places_per_page: int = 1
     sinks: tuple[int, ...] = ()  # so many leading places may be read as well, by sequence; (): none
+    packed: Scope | None = None  # the same of a buffer without gaps at the same address; None where it has none
 
     def cells(self, pair: Pair, places: Ints) -> Ints:
         """Cells of `places` [n] of one sequence and KV head: [n]"""
@@ -131,24 +132,35 @@ def scopes(case: Case, contract: Contract, cache: KVCache, args: LaunchArguments
     for name, tensor in given.items():
         if tensor is None or (as_built := built[name]) is None or tensor.shape != as_built.shape:
             continue
-        if name == "block_table":
-            scope = _table(tensor, contract.over_read(name), lengths)
-        elif name == "kv_page_indices":
-            scope = _index_list(tensor, contract.over_read(name), cache, lengths)
-        elif name in ("k_cache", "v_cache"):
-            grid = cache_grid(tensor, case.layout, name[0])
-            scope = _of_slots(name, grid, case, cache, contract.over_read(name), lengths)
-        elif name == "kv_block_descale":
-            scope = _descales(tensor, case, cache, lengths)
-        elif name in ("k_token_descale", "v_token_descale"):
-            grid = Grid.of(tensor, (case.page_size * case.num_kv_heads, case.num_kv_heads, 1), (0, 0, 0))
-            scope = _of_slots(name, grid, case, cache, 0, lengths)
-        elif name in ("k_scale", "v_scale"):
-            scope = _of_heads(name, tensor, case, lengths)
-        else:
-            scope = _new_tokens(name, tensor, case, lengths)
+        scope = _scope(name, tensor, case, contract, cache, lengths)
+        if scope is not None and not tensor.is_contiguous():
+            other = _scope(name, torch.empty_like(tensor, device="meta").contiguous(), case, contract, cache, lengths)
+            if other is not None:
+                other = replace(other, grid=replace(other.grid, start=scope.grid.start))
+            scope = replace(scope, packed=other)
         found += [scope] if scope is not None else []
     return found
+
+
+def _scope(
+    name: str, tensor: torch.Tensor, case: Case, contract: Contract, cache: KVCache, lengths: _Lengths
+) -> Scope | None:
+    """The scope of the argument `name`, which is `tensor`."""
+    if name == "block_table":
+        return _table(tensor, contract.over_read(name), lengths)
+    if name == "kv_page_indices":
+        return _index_list(tensor, contract.over_read(name), cache, lengths)
+    if name in ("k_cache", "v_cache"):
+        grid = cache_grid(tensor, case.layout, name[0])
+        return _of_slots(name, grid, case, cache, contract.over_read(name), lengths)
+    if name == "kv_block_descale":
+        return _descales(tensor, case, cache, lengths)
+    if name in ("k_token_descale", "v_token_descale"):
+        grid = Grid.of(tensor, (case.page_size * case.num_kv_heads, case.num_kv_heads, 1), (0, 0, 0))
+        return _of_slots(name, grid, case, cache, 0, lengths)
+    if name in ("k_scale", "v_scale"):
+        return _of_heads(name, tensor, case, lengths)
+    return _new_tokens(name, tensor, case, lengths)
 
 
 @dataclass(frozen=True)

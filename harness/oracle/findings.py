@@ -51,7 +51,7 @@ class AccessFinding:
 
     Positions are those of the sequence (k_cache, v_cache, k, v), pages of the sequence (kv_block_descale) or columns
     (block_table); where there is no sequence, none. kind: never_read | behind_end | out_of_window | other_head |
-    other_sequence | not_handed_over | unused_page | gap | never_stored.
+    other_sequence | not_handed_over | unused_page | gap | packed | never_stored.
     """
 
     kind: str

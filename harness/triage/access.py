@@ -27,6 +27,7 @@ _KINDS = {
     "not_handed_over": ("read, though not handed over", ""),
     "unused_page": ("read from an unused page", ""),
     "gap": ("read where no element lies", ""),
+    "packed": ("read as if contiguous", "whose strides are others"),
     "never_stored": ("never stored", ""),
 }
 
@@ -43,13 +44,15 @@ def _what(one: AccessFinding) -> str:
     if one.buffers[0] in _TABLES and one.kind == "behind_end":
         note = "behind its last page"
     text = f"{kind}: {_noun(one)}"
-    return text + (f", {note.format(tokens=_tokens(one))}" if note else "")
+    if "{tokens}" in note:
+        note = note.format(tokens=_tokens(one))
+    return f"{text}, {note}" if note else text
 
 
 def _noun(one: AccessFinding) -> str:
     """The memory: buffer, place, physical place, owner."""
     name = "page table" if one.buffers[0] in _TABLES else " and ".join(_NOUNS[buffer] for buffer in one.buffers)
-    if one.kind == "gap":
+    if one.kind in ("gap", "packed"):
         return name
     if one.dims:
         name = f"{'dim' if len(one.dims) == 1 else 'dims'} {compact(one.dims)} of {name}"
