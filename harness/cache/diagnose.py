@@ -56,6 +56,4 @@ def find_token(problem: Problem, payload: torch.Tensor, bits: torch.Tensor) -> t
     same = (bits_of(payload) == bits).flatten(1).all(dim=1).nonzero()
     if not len(same):
         return None
-    key = int(same[0])
-    seq = max(i for i, start in enumerate(problem.key_start[:-1]) if start <= key)
-    return seq, key - problem.key_start[seq]
+    return problem.place_of(int(same[0]))

@@ -48,8 +48,11 @@ class Pool:
 
     def view(self, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...]) -> torch.Tensor:
         """A tensor of `shape` with element `strides` whose first element is the base, an address of whole elements."""
-        whole = self.bytes[: len(self.bytes) // dtype.itemsize * dtype.itemsize].view(dtype)
-        return whole.as_strided(shape, strides, self.base // dtype.itemsize)
+        return self.elements(dtype).as_strided(shape, strides, self.base // dtype.itemsize)
+
+    def elements(self, dtype: torch.dtype) -> torch.Tensor:
+        """The whole range, as far as it holds whole elements: `dtype` [elements]."""
+        return self.bytes[: len(self.bytes) // dtype.itemsize * dtype.itemsize].view(dtype)
 
     def parts(self) -> Iterator[torch.Tensor]:
         """The memory behind the range, each byte once: uint8 [bytes]."""

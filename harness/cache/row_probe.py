@@ -57,7 +57,7 @@ def reaching_rows(
     shape = tuple(content.shape)
     far = pool.view(content.dtype, shape, strides_of(shape, at.stride))
     far[rows] = content[rows]
-    memory = bits_of(pool.bytes[: len(pool.bytes) // at.itemsize * at.itemsize].view(content.dtype))  # [elements]
+    memory = bits_of(pool.elements(content.dtype))  # [elements]
     taken = [kept.flatten()]
     decoys: list[Decoy] = []
     for offsets in moved:

@@ -175,8 +175,8 @@ class SeenSlots:
         key = next(iter((tried == bits[:, some]).flatten(1).all(dim=1).nonzero()[:, 0].tolist()), None)
         if key is None or len(every) == 1:
             return ""
-        seq = max(i for i, start in enumerate(self.problem.key_start[:-1]) if start <= key)
-        return f"divided by the descale of sequence {seq}, position {key - self.problem.key_start[seq]}"
+        seq, position = self.problem.place_of(key)
+        return f"divided by the descale of sequence {seq}, position {position}"
 
     @property
     def _edge(self) -> NewToken | None:

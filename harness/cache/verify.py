@@ -9,7 +9,6 @@ contract takes them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,7 +76,7 @@ def verify_payload(problem: Problem, cache: KVCache, which: str) -> None:
         if bool(wrong.any()):
             key, head, dim = wrong.nonzero()[0].tolist()
             at = float(scale.expand_as(value)[key, head, dim])
-            seq, pos = _locate(problem, start + key)
+            seq, pos = problem.place_of(start + key)
             raise SetupBug(
                 f"{which}_cache",
                 f"{float(value[key, head, dim]):g} at sequence {seq}, position {pos}, head {head}, dim {dim}, "
@@ -245,10 +244,3 @@ def _verify_new_tokens(problem: Problem, cache: KVCache, content: Content, which
 def _of(problem: Problem, cache: KVCache, which: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Values and payload [num_keys, heads, dim] of K or V."""
     return (problem.k, cache.key_payload) if which == "k" else (problem.v, cache.value_payload)
-
-
-def _locate(problem: Problem, key: int) -> tuple[int, int]:
-    """Sequence and position of a packed key."""
-    starts: Sequence[int] = problem.key_start
-    seq = max(i for i, start in enumerate(starts[:-1]) if start <= key)
-    return seq, key - starts[seq]

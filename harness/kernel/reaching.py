@@ -111,8 +111,7 @@ def reaching_output(
     pool = make_pool(extent, own, device)
     tensor = pool.view(dtype, shape, strides)
     integer, _ = POISON[dtype.itemsize]
-    elements = len(pool.bytes) // dtype.itemsize
-    allocation = pool.bytes[: elements * dtype.itemsize].view(torch.int8 if dtype.itemsize == 1 else integer)
+    allocation = pool.elements(torch.int8 if dtype.itemsize == 1 else integer)
     return ReachingOutput(name, tensor, allocation, -1, pool, at, row, sparse)
 
 

@@ -25,26 +25,21 @@ def _under_one_descale(scene: Scene, place: Callable[[Sequence[int]], int]) -> s
     return slice(0, scene.cached_len) if scene.case.descales_per == "head" else scene.slots(place(scene.cached_pages))
 
 
-def _k_descale(place: Callable[[Sequence[int]], int]) -> Change:
-    def change(scene: Scene) -> Rows | None:
-        slots = _under_one_descale(scene, place)
-        if slots is None:
-            return None
+def _scaled(scene: Scene, which: str, keys: slice, by: torch.Tensor | float) -> Rows:
+    """K or V of `keys` times `by`, a number or [heads, keys, 1]."""
+    if which == "k":
         dots = scene.rows.dots.clone()
-        dots[..., slots] *= GAIN
+        dots[..., keys] *= by.transpose(1, 2) if isinstance(by, torch.Tensor) else by
         return replace(scene.rows, dots=dots)
+    v = scene.rows.v.clone()
+    v[:, keys] *= by
+    return replace(scene.rows, v=v)
 
-    return change
 
-
-def _v_descale(place: Callable[[Sequence[int]], int]) -> Change:
+def _descale(which: str, place: Callable[[Sequence[int]], int]) -> Change:
     def change(scene: Scene) -> Rows | None:
         slots = _under_one_descale(scene, place)
-        if slots is None:
-            return None
-        v = scene.rows.v.clone()
-        v[:, slots] *= GAIN
-        return replace(scene.rows, v=v)
+        return None if slots is None else _scaled(scene, which, slots, GAIN)
 
     return change
 
@@ -87,13 +82,7 @@ def _stale_descale(tensors: str, step: int) -> Change:
 def _with_descale(scene: Scene, which: str, keys: slice, descale: torch.Tensor) -> Rows:
     """`descale` [keys of the slice, num_kv_heads, 1] in place of the right one."""
     ratio = per_head(descale.double() / stored(scene, which)[1][keys], scene.kv_heads)  # [heads, keys, 1]
-    if which == "k":
-        dots = scene.rows.dots.clone()
-        dots[..., keys] *= ratio.transpose(1, 2)
-        return replace(scene.rows, dots=dots)
-    v = scene.rows.v.clone()
-    v[:, keys] *= ratio
-    return replace(scene.rows, v=v)
+    return _scaled(scene, which, keys, ratio)
 
 
 def _other_head(which: str) -> Change:
@@ -126,8 +115,8 @@ def stale_label(tensors: str, step: int) -> str:
     return f"of {tensors}, one tile {'early' if step > 0 else 'late'}"
 
 
-K_DESCALES: Mapping[str, Change] = {label: _k_descale(place) for label, place in PLACES.items()}
-V_DESCALES: Mapping[str, Change] = {label: _v_descale(place) for label, place in PLACES.items()}
+K_DESCALES: Mapping[str, Change] = {label: _descale("k", place) for label, place in PLACES.items()}
+V_DESCALES: Mapping[str, Change] = {label: _descale("v", place) for label, place in PLACES.items()}
 DROPPED: Mapping[str, Change] = {"of K": _k_scale_dropped, "of V": _v_scale_dropped}
 STALE: Mapping[str, Change] = {
     stale_label(tensors, step): _stale_descale(tensors, step) for tensors in ("K", "V") for step in STEPS

@@ -61,6 +61,11 @@ class Problem:
             return own
         return own[group_of_key(self.case).to(own.device)]
 
+    def place_of(self, key: int) -> tuple[int, int]:
+        """Sequence and position of a packed key."""
+        seq = max(i for i, start in enumerate(self.key_start[:-1]) if start <= key)
+        return seq, key - self.key_start[seq]
+
     def without_writer(self) -> Problem:
         """The same with a cache that is built full."""
         return replace(self, case=self.case.without_writer())

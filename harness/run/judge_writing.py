@@ -39,10 +39,7 @@ class CacheOutput(GuardedOutput):
 
     @property
     def surroundings(self) -> torch.Tensor | None:
-        if self.pool is None:
-            return None
-        size = self.tensor.element_size()
-        return self.pool.bytes[: len(self.pool.bytes) // size * size].view(self.tensor.dtype)  # [elements]
+        return None if self.pool is None else self.pool.elements(self.tensor.dtype)
 
     def overrun(self) -> str | None:
         return None

@@ -15,7 +15,7 @@ from harness.kernel.guarded import MARGIN
 from harness.kernel.over_read import MAX_AMOUNT, OverRead
 from harness.run.outcome import Outcome
 from harness.run.plant import NO_PLANT
-from tests.access.faulty import KERNELS, again, case, faulty, run, told
+from tests.access.faulty import KERNELS, case, faulty, run, told
 
 DECODE = case("paged_decode", (1, 1, 1), (40, 63, 15))
 EXACT = case("paged_decode", (1, 1, 1), (40, 63, 15), table_padding="exact")
@@ -439,31 +439,3 @@ def test_pages_of_sink_tokens_stay_alive_where_the_window_has_left_them(tmp_path
 def test_window_pages_are_live_or_dead() -> None:
     with pytest.raises(ValueError, match="window_pages is live or dead, not 'gone'"):
         replace(KERNELS["paged_decode"], window_pages="gone")
-
-
-K_STRIDES = "key_strides(args.k_cache, args.layout)"
-V_STRIDES = "value_strides(args.v_cache, args.layout)"
-
-
-@pytest.mark.parametrize("layout", ["linear_nhd", "hnd", "vllm_classic", "vectorized"])
-def test_a_cache_that_is_read_as_if_it_had_no_gaps_is_named(layout: str, tmp_path: Path) -> None:
-    strided = replace(UNIFIED, layout=layout, strides="cache")
-    of_k, both = (
-        faulty("unified_paged", tmp_path / name, K_STRIDES, K_STRIDES.replace("k_cache", "k_cache.contiguous()"))
-        for name in ("k", "both")
-    )
-    verdict = run(of_k, strided)
-    assert verdict.reason.startswith("read as if contiguous: K, whose strides are others; "), verdict.reason
-    assert len(told(verdict)) == 2
-    assert told(verdict)[1].startswith("by program (0, 0, 0) of unified_paged_kernel, storing tokens 0..4, ")
-    assert run(of_k, replace(strided, strides="compact")).outcome is Outcome.PASS
-    both = again(both, V_STRIDES, V_STRIDES.replace("v_cache", "v_cache.contiguous()"))
-    assert told(run(both, strided))[0] == "read as if contiguous: K and V, whose strides are others"
-
-
-def test_what_more_is_wrong_than_strides_is_not_taken_for_them_alone(tmp_path: Path) -> None:
-    contract = faulty("unified_paged", tmp_path, K_STRIDES, K_STRIDES.replace("k_cache", "k_cache.contiguous()"))
-    contract = again(contract, "cached = key < seq_len\n", "cached = key < seq_len - 1\n")
-    lines = told(run(contract, replace(UNIFIED, strides="cache")))
-    assert lines
-    assert not any(line.startswith("read as if contiguous") for line in lines)

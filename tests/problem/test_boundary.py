@@ -186,6 +186,14 @@ def test_what_cannot_be_is_refused_in_one_sentence(axes: dict[str, object], word
     assert reason.startswith(f"boundary {axes['boundary']}")
 
 
+@pytest.mark.parametrize("target", ["out", "table", "workspace"])
+def test_a_probe_of_rows_leaves_the_size_of_the_pool_to_the_case(target: str) -> None:
+    rows = Rows("full", (1, 1, 1), (63, 15, 63))
+    position = "above"
+    case = probe(boundary="bytes31", boundary_target=target, boundary_position=position, rows=rows, num_pages=100)
+    assert boundary_refusal(case) is None
+
+
 def test_a_case_without_a_boundary_has_no_geometry() -> None:
     assert boundary_refusal(CASE) is None
     assert cache_geometry(CASE) is output_geometry(CASE) is table_geometry(CASE) is None
